@@ -1,0 +1,388 @@
+"""The report page: one HTML file that holds its pictures, curves and style and asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from safelight.errors import SafelightError
+from safelight.reporting import charts
+from safelight.reporting.claims import Claim, write_claims
+from safelight.reporting.files import write_text
+from safelight.reporting.markup import inline, to_html
+from safelight.reporting.pictures import Picture, grid, to_image
+from safelight.reporting.style import CSS
+
+# Below this many pixels a picture is enlarged without blur: the reader should see the pixels the model drew.
+_SMALL = 192
+# A cell of a grid is never shown larger than this.
+_LARGE = 512
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One key figure on top of the page.
+
+    Attributes:
+        label: What the number is, in a few words.
+        value: The number, or a text that is already formatted.
+        note: A short line under it: the control or the paper's value.
+        tone: ``lead`` for the one figure to remember, ``good`` or ``bad`` when the value passes judgement.
+    """
+
+    label: str
+    value: float | str
+    note: str = ""
+    tone: Literal["", "lead", "good", "bad"] = ""
+
+
+class Report:
+    """Collects sections and writes them as one self-contained page.
+
+    Sections appear in the order they are added; tiles always stand on top. All text is escaped; ``**bold**``,
+    ``*emphasis*`` and `` `code` `` work in texts, notes and captions.
+
+    Args:
+        title: The name of the run or the finding.
+        subtitle: One sentence under it.
+        facts: Small name -> value pairs of the header (method, backbone, data, seed, date).
+        kicker: The word above the title.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        subtitle: str = "",
+        *,
+        facts: Mapping[str, Any] | None = None,
+        kicker: str = "Safelight report",
+    ) -> None:
+        self.title = title
+        self.subtitle = subtitle
+        self.facts = dict(facts or {})
+        self.kicker = kicker
+        self.claims: list[Claim] = []
+        self._tiles: list[Tile] = []
+        self._sections: list[str] = []
+        self._files: dict[str, Image.Image] = {}
+
+    def add_tiles(self, tiles: Sequence[Tile]) -> None:
+        """Adds key figures to the row on top of the page."""
+        self._tiles += tiles
+
+    def add_text(self, heading: str, text: str) -> None:
+        """Adds prose: paragraphs, ``- lists``, fenced code, ``**bold**``, ``*emphasis*``, `` `code` ``."""
+        self._section(heading, f'<div class="prose">{to_html(text)}</div>')
+
+    def add_command(self, heading: str, command: str, note: str = "") -> None:
+        """Adds a command line to paste."""
+        self._section(heading, f"<pre><code>{escape(command)}</code></pre>{_note(note)}")
+
+    def add_table(
+        self,
+        heading: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any] | Mapping[str, Any]],
+        note: str = "",
+        *,
+        controls: Collection[str] = (),
+        ours: Collection[str] = (),
+        better: Mapping[str, Better] | None = None,
+    ) -> None:
+        """Adds a table; the first column names the row.
+
+        Args:
+            heading: Section heading.
+            columns: Column names.
+            rows: Cells in column order, or mappings from column name to cell. Numbers are formatted, None and NaN
+                become a dash.
+            note: Small print under the table.
+            controls: Row names that are controls; they carry a badge and step back.
+            ours: Row names to stress.
+            better: Column -> ``lower`` or ``higher``; draws the arrow and sets the best cell of the column in bold.
+                Rows whose name starts with "dense" or "paper" do not compete.
+
+        Raises:
+            SafelightError: If a row has another number of cells than there are columns.
+        """
+        better = better or {}
+        cells = [
+            [_scalar(cell) for cell in ([row.get(c) for c in columns] if isinstance(row, Mapping) else row)]
+            for row in rows
+        ]
+        for row in cells:
+            if len(row) != len(columns):
+                raise SafelightError(f"table {heading!r}: row {row!r} has {len(row)} cells for {len(columns)} columns")
+        numeric = [
+            any(_is_number(row[i]) for row in cells) and all(row[i] is None or _is_number(row[i]) for row in cells)
+            for i in range(len(columns))
+        ]
+        best = {i: _best(cells, i, better[name]) for i, name in enumerate(columns) if name in better}
+        head = "".join(
+            f"<th{' class=num' if numeric[i] else ''}>{inline(name)}{_arrow(better.get(name))}</th>"
+            for i, name in enumerate(columns)
+        )
+        body = "".join(_row(row, numeric, best, str(row[0]) in controls, str(row[0]) in ours) for row in cells)
+        table = f'<table class="data"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        self._section(heading, f'<div class="card scroll">{table}</div>{_note(note)}')
+
+    def add_metrics(
+        self,
+        heading: str,
+        metrics: Mapping[str, float],
+        controls: Mapping[str, Mapping[str, float]] | None = None,
+        paper: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        note: str = "",
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        """Adds a table with one row per metric: ours, every control, and the paper's value with its source.
+
+        The arguments are those of ``summary.json``; ``labels`` gives metrics readable names.
+        """
+        controls, paper, labels = controls or {}, paper or {}, labels or {}
+        names = list(dict.fromkeys([*metrics, *(n for c in controls.values() for n in c), *paper]))
+        head = "<th>metric</th><th class=num>ours</th>"
+        head += "".join(f'<th class=num>{escape(c)}<span class="badge">control</span></th>' for c in controls)
+        head += "<th class=num>paper</th>" if paper else ""
+        lines = []
+        for name in names:
+            line = f"<th>{escape(labels.get(name, name))}</th>{_cell(metrics.get(name), True, True)}"
+            line += "".join(_cell(values.get(name), True, False) for values in controls.values())
+            if paper and name in paper:
+                value = charts.format_number(paper[name]["value"])
+                line += f'<td class="num">{value}<span class="source">{escape(str(paper[name]["source"]))}</span></td>'
+            elif paper:
+                line += _cell(None, True, False)
+            lines.append(f"<tr>{line}</tr>")
+        table = f'<table class="data"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        self._section(heading, f'<div class="card scroll">{table}</div>{_note(note)}')
+
+    def add_picture(self, heading: str, picture: str | Path | Picture, caption: str = "") -> None:
+        """Adds one picture (a file, a PIL image or a tensor); a PNG of it is written beside the page."""
+        image = _open(picture)
+        self._keep(heading, image)
+        small = max(image.size) <= _SMALL
+        width = image.width * max(1, 384 // max(image.size)) if small else image.width
+        kind = "whole pixel" if small else "whole"
+        alt = escape(caption or heading, quote=True)
+        picture_html = f'<img class="{kind}" width="{width}" src="{_data_uri(image, drawn=True)}" alt="{alt}">'
+        self._figure(heading, f'<div class="card pictures">{picture_html}</div>', caption)
+
+    def add_grid(
+        self,
+        heading: str,
+        rows: Sequence[Sequence[Picture | None]],
+        row_labels: Sequence[str] = (),
+        column_labels: Sequence[str] = (),
+        caption: str = "",
+    ) -> None:
+        """Adds pictures in rows and columns, such as dense, pruned and random over the same prompts.
+
+        The page shows every picture by itself under readable labels; the same grid is written as a PNG beside it.
+        """
+        self._keep(heading, grid(rows, row_labels, column_labels))
+        n_columns = max(len(row) for row in rows)
+        head = ""
+        if column_labels:
+            corner = '<th class="side"></th>' if row_labels else ""
+            head = "".join(f"<th>{escape(label)}</th>" for label in column_labels)
+            head = f"<thead><tr>{corner}{head}</tr></thead>"
+        lines = []
+        for index, row in enumerate(rows):
+            line = f"<th>{escape(row_labels[index])}</th>" if row_labels else ""
+            for column in range(n_columns):
+                picture = row[column] if column < len(row) else None
+                names = [labels[k] for labels, k in ((row_labels, index), (column_labels, column)) if labels]
+                line += f"<td>{_img(picture, ': '.join(names))}</td>"
+            lines.append(f"<tr>{line}</tr>")
+        # Few pictures must not fill the page: a cell is at most 200 pixels wide.
+        limit = n_columns * 208 + (120 if row_labels else 0)
+        table = f'<table class="pix" style="max-width:{limit}px">{head}<tbody>{"".join(lines)}</tbody></table>'
+        self._figure(heading, f'<div class="card pictures scroll">{table}</div>', caption)
+
+    def add_curve(
+        self,
+        heading: str,
+        series: Mapping[str, Sequence[tuple[float, float]]],
+        x_label: str,
+        y_label: str,
+        *,
+        log_y: bool = False,
+        note: str = "",
+    ) -> None:
+        """Adds curves ``{name: [(x, y), ...]}`` over one x axis."""
+        chart = charts.line_chart(series, x_label, y_label, log_y=log_y)
+        self._figure(heading, f'<div class="card plot">{chart}</div>', note)
+
+    def add_bars(self, heading: str, rows: Sequence[tuple[str, float, float, str]], note: str = "") -> None:
+        """Adds a kept-of-total bar per layer: rows ``(label, kept, total, group)``, one panel per group."""
+        self._figure(heading, f'<div class="card">{charts.kept_bars(rows)}</div>', note)
+
+    def add_claims(self, claims: Sequence[Claim], heading: str = "What this shows, and what it does not") -> None:
+        """Adds a card per claim; :meth:`save` also writes them to ``claims.json``."""
+        if not claims:
+            return
+        self.claims += claims
+        self._section(heading, '<div class="claims">' + "".join(_claim(claim) for claim in claims) + "</div>")
+
+    def html(self) -> str:
+        """The whole page."""
+        tiles = f'<div class="tiles">{"".join(_tile(tile) for tile in self._tiles)}</div>' if self._tiles else ""
+        facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in self.facts.items())
+        sub = f'<p class="sub">{inline(self.subtitle)}</p>' if self.subtitle else ""
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            # The page may show prompts of strangers: whatever slips in, nothing is fetched and nothing runs.
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+            "style-src 'unsafe-inline'\">"
+            f"<title>{escape(self.title)}</title><style>{CSS}</style></head>\n<body>"
+            f'<header><div class="wrap"><p class="kicker"><i></i>{escape(self.kicker)}</p>'
+            f"<h1>{escape(self.title)}</h1>{sub}"
+            f"{f'<dl class=facts>{facts}</dl>' if facts else ''}</div></header>\n"
+            f'<main class="wrap">{tiles}\n{"".join(self._sections)}</main>\n'
+            f'<footer><div class="wrap">Written by Safelight. This page is one file and needs no network.</div></footer>'
+            "</body></html>\n"
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``index.html``, a PNG per picture section, and ``claims.json`` if there are claims.
+
+        Args:
+            folder: The report's own folder, usually ``<run folder>/report``.
+
+        Returns:
+            The path of ``index.html``.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, image in self._files.items():
+            image.save(folder / name)
+        if self.claims:
+            write_claims(folder, self.claims)
+        return write_text(folder / "index.html", self.html())
+
+    def _section(self, heading: str, body: str) -> None:
+        title = f"<h2>{inline(heading)}</h2>" if heading else ""
+        self._sections.append(f"<section>{title}{body}</section>\n")
+
+    def _figure(self, heading: str, body: str, caption: str) -> None:
+        foot = f"<figcaption>{inline(caption)}</figcaption>" if caption else ""
+        self._section(heading, f"<figure>{body}{foot}</figure>")
+
+    def _keep(self, heading: str, image: Image.Image) -> None:
+        stem = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")[:60] or "picture"
+        name, count = f"{stem}.png", 2
+        while name in self._files:
+            name, count = f"{stem}-{count}.png", count + 1
+        self._files[name] = image
+
+
+def _scalar(value: Any) -> Any:
+    """A tensor or numpy number of one element as the plain number it holds."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _best(cells: Sequence[Sequence[Any]], column: int, better: Better) -> float | None:
+    values = [
+        row[column]
+        for row in cells
+        if _is_number(row[column])
+        and math.isfinite(row[column])
+        and not str(row[0]).lower().startswith(("dense", "paper"))
+    ]
+    if not values:
+        return None
+    return float(min(values) if better == "lower" else max(values))
+
+
+def _arrow(better: Better | None) -> str:
+    return "" if better is None else f'<em title="{better} is better">{"↓" if better == "lower" else "↑"}</em>'
+
+
+def _row(row: Sequence[Any], numeric: Sequence[bool], best: Mapping[int, float | None], control: bool, ours: bool) -> str:
+    badge = '<span class="badge">control</span>' if control else ""
+    line = f"<th>{inline(_plain(row[0]))}{badge}</th>"
+    for index, value in enumerate(row[1:], start=1):
+        winner = _is_number(value) and index in best and value == best[index]
+        line += _cell(value, numeric[index], winner)
+    kind = " ".join(name for name, on in (("control", control), ("ours", ours)) if on)
+    return f'<tr class="{kind}">{line}</tr>' if kind else f"<tr>{line}</tr>"
+
+
+def _plain(value: Any) -> str:
+    return charts.format_number(value) if _is_number(value) else str(value)
+
+
+def _cell(value: Any, numeric: bool, best: bool) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return f'<td class="{"num " if numeric else ""}none">–</td>'
+    kind = " ".join(name for name, on in (("num", numeric), ("best", best)) if on)
+    return f'<td class="{kind}">{inline(_plain(value))}</td>' if kind else f"<td>{inline(_plain(value))}</td>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{inline(text)}</p>' if text else ""
+
+
+def _tile(tile: Tile) -> str:
+    note = f"<small>{inline(tile.note)}</small>" if tile.note else ""
+    kind = f"tile {tile.tone}".strip()
+    return f'<div class="{kind}"><span>{inline(tile.label)}</span><b>{escape(_plain(tile.value))}</b>{note}</div>'
+
+
+def _claim(claim: Claim) -> str:
+    def listed(items: Sequence[str]) -> str:
+        if len(items) == 1:
+            return inline(items[0])
+        return "<ul>" + "".join(f"<li>{inline(item)}</li>" for item in items) + "</ul>"
+
+    strong = " strong" if claim.support == "interventional" else ""
+    lines = [("Evidence", claim.evidence), ("Controls beaten", claim.controls_beaten), ("Not shown", claim.not_shown)]
+    told = "".join(f"<dt>{name}</dt><dd>{listed(items) if items else 'none'}</dd>" for name, items in lines)
+    return (
+        f'<div class="card claim"><span class="badge">{claim.kind}</span>'
+        f'<span class="badge{strong}">{claim.support}</span><p>{inline(claim.statement)}</p><dl>{told}</dl></div>'
+    )
+
+
+def _open(picture: str | Path | Picture) -> Image.Image:
+    if not isinstance(picture, (str, Path)):
+        return to_image(picture)
+    if not Path(picture).is_file():
+        raise SafelightError(f"picture: there is no file {picture}")
+    with Image.open(picture) as image:
+        return image.convert("RGB")
+
+
+def _img(picture: Picture | None, alt: str) -> str:
+    if picture is None:
+        return ""
+    image = to_image(picture).copy()
+    kind = ' class="pixel"' if max(image.size) <= _SMALL else ""
+    image.thumbnail((_LARGE, _LARGE), Image.Resampling.LANCZOS)
+    text = escape(alt, quote=True)
+    return f'<img{kind} src="{_data_uri(image)}" alt="{text}" title="{text}">'
+
+
+def _data_uri(image: Image.Image, drawn: bool = False) -> str:
+    """Small and drawn pictures exactly, photographs of full-size models as JPEG: a page stays a few megabytes."""
+    buffer = io.BytesIO()
+    kind = "png" if drawn or max(image.size) <= _SMALL else "jpeg"
+    image.save(buffer, format=kind, optimize=True, **({} if kind == "png" else {"quality": 90}))
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

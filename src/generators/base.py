@@ -379,16 +379,17 @@ class Generator(ABC):
         """
         if checkpoint not in ("none", "step", "step+block"):
             raise SafelightError(f"checkpoint={checkpoint!r}: choose 'none', 'step' or 'step+block'")
-        function = self._step_by_blocks if checkpoint == "step+block" else self.step
+        function = self._step_by_blocks if checkpoint == "step+block" and torch.is_grad_enabled() else self.step
+        last = len(self.sampler.timesteps) - 1
         latents = [z]
-        for i in range(len(self.sampler.timesteps)):
-            if checkpoint == "none" or not torch.is_grad_enabled():
-                z = self.step(z, i, cond)
+        for i in range(last + 1):
+            # The backward pass begins with the last step: recomputing it at once would cost a forward and save nothing.
+            if checkpoint == "none" or not torch.is_grad_enabled() or i == last:
+                z = function(z, i, cond)
             else:
                 # Stashing the random state per step is only needed where a layer draws (dropout in training mode).
-                z = run_checkpointed(
-                    function, z, i, cond, use_reentrant=False, preserve_rng_state=self.denoiser.training
-                )
+                stash = self.denoiser.training
+                z = run_checkpointed(function, z, i, cond, use_reentrant=False, preserve_rng_state=stash)
             if trajectory:
                 latents.append(z)
         return latents if trajectory else z

@@ -224,7 +224,7 @@ def _explain(source: str, folder: Path | None, error: Exception) -> str:
     if folder is not None:
         return f"backbone.pretrained: cannot load the pipeline in {folder}: {reason}"
     if type(error).__name__ == "GatedRepoError":
-        return f"backbone.pretrained: {source} is gated; accept its licence on its page and run 'hf auth login'; {_OFFLINE}"
+        return f"backbone.pretrained: {source} is gated; accept its licence and run 'hf auth login'; {_OFFLINE}"
     return (
         f"backbone.pretrained: {source} is not on this machine and could not be downloaded ({reason}). Set "
         f"backbone.pretrained=<folder>, a diffusers folder with model_index.json and safetensors weights; {_OFFLINE}"

@@ -56,6 +56,18 @@ class UNetGenerator(Generator):
             cond["time_ids"] = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device)
         return cond
 
+    def _default_scheduler(self) -> Any:
+        from diffusers import EulerDiscreteScheduler
+
+        # The noise schedule all Stable Diffusion U-Nets were trained with.
+        return EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        )
+
     def _default_guidance(self) -> float:
         return 5.0 if self.is_sdxl else self.default_guidance_scale
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 N_COLOURS = 6
-_W, _H = 720, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 18, 14, 46
+_W, _H = 1040, 380
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 18, 12, 50
 _MAX_POINTS, _MAX_MARKS = 600, 48
 _HORIZONTAL_ROWS = 26
 
 
 def format_number(value: float) -> str:
-    """A number as a reader wants it: about four significant digits, thousands grouped, no trailing noise."""
+    """A number as a reader wants it: three significant digits, thousands grouped, no trailing noise."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -32,9 +32,24 @@ def format_number(value: float) -> str:
         return f"{mantissa}e{int(exponent)}"
     if size >= 1000:
         return f"{value:,.0f}" if size >= 10_000 or value == int(value) else f"{value:,.1f}"
-    digits = max(0, 3 - math.floor(math.log10(size)))
-    text = f"{value:.{min(digits, 6)}f}"
-    return text.rstrip("0").rstrip(".") if digits > 3 and size < 1e-2 else text
+    return f"{value:.{decimals_for(value)}f}"
+
+
+def decimals_for(value: float) -> int:
+    """Decimals that show three significant digits of a number, at most six."""
+    return min(max(2 - math.floor(math.log10(abs(value))), 0), 6) if value else 0
+
+
+def format_column(values: Sequence[float | None]) -> list[str | None]:
+    """Numbers of one table column with the same decimals, so that the points stand under each other."""
+    fractions = [abs(v) for v in values if isinstance(v, float) and math.isfinite(v) and v]
+    if not fractions or max(fractions) >= 1000 or min(fractions) < 1e-4:
+        return [None if v is None else format_number(v) for v in values]
+    decimals = min(decimals_for(min(fractions)), 4)
+    return [
+        None if v is None else f"{v:.{decimals}f}" if isinstance(v, float) and math.isfinite(v) else format_number(v)
+        for v in values
+    ]
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -157,7 +172,7 @@ def _axes(xs: list[tuple[float, str]], ys: list[tuple[float, str]], x_label: str
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{foot}" y2="{foot}"/>')
     for x, text in xs:
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{foot}" y2="{foot + 5}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{foot + 19}" text-anchor="middle">{escape(text)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{foot + 21}" text-anchor="middle">{escape(text)}</text>')
     middle_x, middle_y = (_LEFT + right) / 2, (_TOP + foot) / 2
     parts.append(f'<text class="label" x="{middle_x}" y="{_H - 6}" text-anchor="middle">{escape(x_label)}</text>')
     turned = f'x="14" y="{middle_y}" text-anchor="middle" transform="rotate(-90 14 {middle_y})"'
@@ -203,7 +218,7 @@ def kept_bars(rows: Sequence[tuple[str, float, float, str]]) -> str:
         rows: ``(label, kept, total, group)`` in the order of the layers; the group is, for example, the kind of unit.
 
     Returns:
-        HTML: per group a heading with its total and either labelled bars or, for many layers, columns with hover titles.
+        HTML: per group a heading with its total and labelled bars or, for many layers, columns with hover titles.
     """
     groups: dict[str, list[tuple[str, float, float]]] = {}
     for label, kept, total, group in rows:
@@ -240,7 +255,7 @@ def _bars(layers: Sequence[tuple[str, float, float]]) -> str:
 
 
 def _columns(layers: Sequence[tuple[str, float, float]]) -> str:
-    height, left, foot = 150, 44, 26
+    height, left, foot = 180, 56, 28
     width = _W - left - _RIGHT
     step = width / len(layers)
     bar = max(step * 0.78, 0.6)
@@ -262,7 +277,7 @@ def _columns(layers: Sequence[tuple[str, float, float]]) -> str:
     for tick in nice_ticks(1, len(layers), 8):
         if tick == int(tick):
             x = left + (tick - 0.5) * step
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{height + 18}" text-anchor="middle">{int(tick)}</text>')
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{height + 20}" text-anchor="middle">{int(tick)}</text>')
     parts.append(
         f'<text class="label" x="{left + width / 2}" y="{height + foot + 12}" text-anchor="middle">'
         "layer, in order of execution</text>"

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from safelight.errors import SafelightError
 from safelight.reporting.files import write_text
 
 # Identifiers the hub knows and that occur here; anything else becomes "other" with its name beside it.
 _LICENCES = frozenset(
-    "apache-2.0 mit openrail openrail++ creativeml-openrail-m bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 "
-    "cc-by-nc-4.0 gpl-3.0 unlicense other gemma llama3".split()
+    {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc0-1.0", "creativeml-openrail-m"}
+    | {"gemma", "gpl-3.0", "llama3", "mit", "openrail", "openrail++", "other", "unlicense"}
 )
 
 

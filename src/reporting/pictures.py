@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
-
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:

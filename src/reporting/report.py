@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-
 from safelight.errors import SafelightError
 from safelight.reporting import charts
 from safelight.reporting.claims import Claim, write_claims
@@ -117,7 +116,7 @@ class Report:
         """
         better = better or {}
         cells = [
-            [_scalar(cell) for cell in ([row.get(c) for c in columns] if isinstance(row, Mapping) else row)]
+            [_known(cell) for cell in ([row.get(c) for c in columns] if isinstance(row, Mapping) else row)]
             for row in rows
         ]
         for row in cells:
@@ -132,7 +131,23 @@ class Report:
             f"<th{' class=num' if numeric[i] else ''}>{inline(name)}{_arrow(better.get(name))}</th>"
             for i, name in enumerate(columns)
         )
-        body = "".join(_row(row, numeric, best, str(row[0]) in controls, str(row[0]) in ours) for row in cells)
+        texts = [
+            charts.format_column([row[i] for row in cells])
+            if numeric[i]
+            else [None if c is None else _plain(c) for c in column]
+            for i, column in enumerate(zip(*cells, strict=True))
+        ]
+        body = "".join(
+            _row(
+                row,
+                [column[k] for column in texts],
+                numeric,
+                {i for i, value in best.items() if value is not None and row[i] == value},
+                controls=str(row[0]) in controls,
+                ours=str(row[0]) in ours,
+            )
+            for k, row in enumerate(cells)
+        )
         table = f'<table class="data"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
         self._section(heading, f'<div class="card scroll">{table}</div>{_note(note)}')
 
@@ -157,13 +172,17 @@ class Report:
         head += "<th class=num>paper</th>" if paper else ""
         lines = []
         for name in names:
-            line = f"<th>{escape(labels.get(name, name))}</th>{_cell(metrics.get(name), True, True)}"
-            line += "".join(_cell(values.get(name), True, False) for values in controls.values())
-            if paper and name in paper:
-                value = charts.format_number(paper[name]["value"])
-                line += f'<td class="num">{value}<span class="source">{escape(str(paper[name]["source"]))}</span></td>'
+            published = paper.get(name)
+            numbers = [metrics.get(name), *(values.get(name) for values in controls.values())]
+            texts = charts.format_column([*numbers, published["value"] if published else None])
+            line = f"<th>{escape(labels.get(name, name))}</th>{_cell(texts[0], True, 'mine')}"
+            line += "".join(_cell(text, True) for text in texts[1:-1])
+            if published:
+                line += (
+                    f'<td class="num">{texts[-1]}<span class="source">{escape(str(published["source"]))}</span></td>'
+                )
             elif paper:
-                line += _cell(None, True, False)
+                line += _cell(None, True)
             lines.append(f"<tr>{line}</tr>")
         table = f'<table class="data"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
         self._section(heading, f'<div class="card scroll">{table}</div>{_note(note)}')
@@ -245,15 +264,15 @@ class Report:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             # The page may show prompts of strangers: whatever slips in, nothing is fetched and nothing runs.
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
             "style-src 'unsafe-inline'\">"
             f"<title>{escape(self.title)}</title><style>{CSS}</style></head>\n<body>"
             f'<header><div class="wrap"><p class="kicker"><i></i>{escape(self.kicker)}</p>'
             f"<h1>{escape(self.title)}</h1>{sub}"
             f"{f'<dl class=facts>{facts}</dl>' if facts else ''}</div></header>\n"
             f'<main class="wrap">{tiles}\n{"".join(self._sections)}</main>\n'
-            f'<footer><div class="wrap">Written by Safelight. This page is one file and needs no network.</div></footer>'
-            "</body></html>\n"
+            '<footer><div class="wrap">Written by Safelight. This page is one file and needs no network.</div>'
+            "</footer></body></html>\n"
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -289,9 +308,10 @@ class Report:
         self._files[name] = image
 
 
-def _scalar(value: Any) -> Any:
-    """A tensor or numpy number of one element as the plain number it holds."""
-    return value.item() if hasattr(value, "item") else value
+def _known(value: Any) -> Any:
+    """A tensor or numpy number of one element as the plain number it holds; NaN (not measured) as None."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _is_number(value: Any) -> bool:
@@ -315,13 +335,20 @@ def _arrow(better: Better | None) -> str:
     return "" if better is None else f'<em title="{better} is better">{"↓" if better == "lower" else "↑"}</em>'
 
 
-def _row(row: Sequence[Any], numeric: Sequence[bool], best: Mapping[int, float | None], control: bool, ours: bool) -> str:
-    badge = '<span class="badge">control</span>' if control else ""
+def _row(
+    row: Sequence[Any],
+    texts: Sequence[str | None],
+    numeric: Sequence[bool],
+    best: set[int],
+    *,
+    controls: bool,
+    ours: bool,
+) -> str:
+    badge = '<span class="badge">control</span>' if controls else ""
     line = f"<th>{inline(_plain(row[0]))}{badge}</th>"
-    for index, value in enumerate(row[1:], start=1):
-        winner = _is_number(value) and index in best and value == best[index]
-        line += _cell(value, numeric[index], winner)
-    kind = " ".join(name for name, on in (("control", control), ("ours", ours)) if on)
+    for index, text in enumerate(texts[1:], start=1):
+        line += _cell(text, numeric[index], "best" if index in best else "")
+    kind = " ".join(name for name, on in (("control", controls), ("ours", ours)) if on)
     return f'<tr class="{kind}">{line}</tr>' if kind else f"<tr>{line}</tr>"
 
 
@@ -329,11 +356,14 @@ def _plain(value: Any) -> str:
     return charts.format_number(value) if _is_number(value) else str(value)
 
 
-def _cell(value: Any, numeric: bool, best: bool) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return f'<td class="{"num " if numeric else ""}none">–</td>'
-    kind = " ".join(name for name, on in (("num", numeric), ("best", best)) if on)
-    return f'<td class="{kind}">{inline(_plain(value))}</td>' if kind else f"<td>{inline(_plain(value))}</td>"
+def _cell(text: str | None, numeric: bool, extra: str = "") -> str:
+    """One table cell; None is a dash."""
+    if text is None:
+        extra, shown = "none", "–"
+    else:
+        shown = inline(text)
+    kind = f"{'num ' if numeric else ''}{extra}".strip()
+    return f'<td class="{kind}">{shown}</td>' if kind else f"<td>{shown}</td>"
 
 
 def _note(text: str) -> str:

@@ -23,11 +23,12 @@ CSS = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.6 var(--sans);
-  font-feature-settings: "cv11", "ss03"; text-rendering: optimizeLegibility; -webkit-font-smoothing: antialiased; }
+  text-rendering: optimizeLegibility; -webkit-font-smoothing: antialiased; }
 .wrap { max-width: 1140px; margin: 0 auto; padding: 0 32px; }
 
 header { color: #fff6f1; background: #150b08; position: relative; overflow: hidden;
-  background-image: radial-gradient(90% 140% at 82% -10%, rgb(255 72 30 / .62), rgb(168 28 10 / .34) 38%, transparent 72%),
+  background-image:
+    radial-gradient(90% 140% at 82% -10%, rgb(255 72 30 / .62), rgb(168 28 10 / .34) 38%, transparent 72%),
     radial-gradient(50% 90% at 0 120%, rgb(255 90 40 / .16), transparent 70%);
   -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 header .wrap { padding-top: 52px; padding-bottom: 88px; }
@@ -72,7 +73,8 @@ figure { margin: 0; }
 .scroll { overflow-x: auto; }
 
 table.data { width: 100%; border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; }
-.data th, .data td { padding: 11px 18px; text-align: left; border-top: 1px solid var(--line); vertical-align: baseline; }
+.data th, .data td { padding: 11px 18px; text-align: left; border-top: 1px solid var(--line);
+  vertical-align: baseline; }
 .data thead th { border-top: 0; font-size: 13px; font-weight: 600; color: var(--soft); white-space: nowrap;
   vertical-align: bottom; }
 .data thead th em { font-style: normal; font-weight: 450; margin-left: 4px; }
@@ -83,6 +85,7 @@ table.data { width: 100%; border-collapse: collapse; font-size: 15px; font-varia
 .data tr.control th, .data tr.control td { color: var(--soft); }
 .data td.best { font-weight: 700; color: var(--ink); }
 .data tr.ours td.best { color: var(--lamp); }
+.data td.mine { font-weight: 700; color: var(--lamp); }
 .data td.none { color: var(--soft); opacity: .55; }
 .badge { display: inline-block; margin-left: 8px; padding: 1px 8px; border-radius: 99px; font-size: 12px;
   line-height: 18px; font-weight: 550; color: var(--soft); border: 1px solid var(--line); background: var(--card);
@@ -90,7 +93,8 @@ table.data { width: 100%; border-collapse: collapse; font-size: 15px; font-varia
 .data td .source { display: block; font-size: 12px; color: var(--soft); white-space: normal; }
 
 .pictures { padding: 20px; }
-table.pix { border-collapse: separate; border-spacing: 8px; margin: -8px; width: calc(100% + 16px); table-layout: fixed; }
+table.pix { border-collapse: separate; border-spacing: 8px; margin: -8px; width: calc(100% + 16px);
+  table-layout: fixed; }
 .pix th { font-size: 13px; line-height: 1.3; font-weight: 500; color: var(--soft); padding: 0; }
 .pix thead th { vertical-align: bottom; text-align: center; padding-bottom: 2px; overflow-wrap: anywhere;
   hyphens: auto; min-width: 84px; }
@@ -98,24 +102,25 @@ table.pix { border-collapse: separate; border-spacing: 8px; margin: -8px; width:
   overflow-wrap: anywhere; }
 .pix .side { width: 104px; }
 .pix td { padding: 0; min-width: 84px; }
-.pix img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 8px; background: var(--faint); }
+.pix img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 8px;
+  background: var(--faint); }
 img.whole { display: block; max-width: 100%; height: auto; margin: 0 auto; border-radius: 8px; background: #fff; }
 img.pixel { image-rendering: pixelated; }
 
 .plot { padding: 20px 22px 14px; }
-svg.chart { display: block; width: 100%; min-width: 560px; height: auto; font-family: var(--sans);
+svg.chart { display: block; width: 100%; min-width: 620px; height: auto; font-family: var(--sans);
   font-variant-numeric: tabular-nums; overflow: visible; }
 .chart .grid { stroke: var(--line); stroke-width: 1; }
 .chart .axis { stroke: var(--soft); stroke-width: 1; opacity: .6; }
-.chart text { fill: var(--soft); } .chart .tick { font-size: 11.5px; } .chart .label { font-size: 12.5px; }
+.chart text { fill: var(--soft); } .chart .tick { font-size: 13px; } .chart .label { font-size: 13.5px; }
 .c0 { --k: var(--k0); } .c1 { --k: var(--k1); } .c2 { --k: var(--k2); }
 .c3 { --k: var(--k3); } .c4 { --k: var(--k4); } .c5 { --k: var(--k5); }
 .curve path { fill: none; stroke: var(--k); stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round; }
 .curve .dot { fill: var(--k); stroke: var(--card); stroke-width: 1.5; opacity: 0; }
 .curve.few .dot, .mark:hover .dot { opacity: 1; }
 .curve .hit { fill: transparent; }
-.legend { display: flex; flex-wrap: wrap; gap: 6px 22px; list-style: none; margin: 0 0 14px; padding: 0; font-size: 14px;
-  max-width: none; }
+.legend { display: flex; flex-wrap: wrap; gap: 6px 22px; list-style: none; margin: 0 0 14px; padding: 0;
+  font-size: 14px; max-width: none; }
 .legend li { display: flex; align-items: center; gap: 8px; }
 .legend i { width: 18px; height: 3px; border-radius: 2px; background: var(--k); }
 

@@ -171,9 +171,7 @@ def _mapping(key: str, value: Any, problems: list[str]) -> dict[str, Any]:
 
 
 def _numbers(key: str, value: Any, problems: list[str]) -> dict[str, float]:
-    return {
-        name: _number(f"{key}.{name}", number, problems) for name, number in _mapping(key, value, problems).items()
-    }
+    return {name: _number(f"{key}.{name}", number, problems) for name, number in _mapping(key, value, problems).items()}
 
 
 def _number(key: str, value: Any, problems: list[str]) -> float:

@@ -1,0 +1,34 @@
+"""Measurements: torchmetrics of fidelity and recognition, and the cost of a model. One idea per file."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safelight.metrics.accuracy import ConceptAccuracy as ConceptAccuracy
+    from safelight.metrics.clip import ClipJudge as ClipJudge
+    from safelight.metrics.cost import cost_report as cost_report
+    from safelight.metrics.distance import FeatureDistance as FeatureDistance
+    from safelight.metrics.latent import LatentError as LatentError
+    from safelight.metrics.structure import SSIM as SSIM
+
+_HOME = {
+    "SSIM": "structure",
+    "ClipJudge": "clip",
+    "ConceptAccuracy": "accuracy",
+    "FeatureDistance": "distance",
+    "LatentError": "latent",
+    "cost_report": "cost",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

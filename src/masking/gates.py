@@ -40,7 +40,7 @@ def hard_concrete(
 
 
 def saturation_logit(alpha: float = ALPHA, gamma: float = GAMMA, zeta: float = ZETA, delta: float = 0.1) -> float:
-    """Logit from which the gate is 1 for every draw and its gradient vanishes: ``alpha*ln(..) + ln((1+delta)/delta)``."""
+    """Logit from which every draw gives a gate of exactly 1, without gradient; below its negative the gate is 0."""
     return alpha * _logit((1 - gamma) / (zeta - gamma)) + math.log((1 + delta) / delta)
 
 
@@ -65,8 +65,8 @@ def keep_probability(
         zeta: upper end of the stretch.
         delta: softener of the noise.
         above: gate value to exceed, in [0, 1).
-        smooth: drop the softener (``delta = 0``), which gives ``sigmoid(-kappa)``: a gradient everywhere, also where the
-            exact probability is saturated.
+        smooth: drop the softener (``delta = 0``), which gives ``sigmoid(-kappa)``: a gradient everywhere, also where
+            the exact probability is saturated.
     """
     kappa = alpha * _logit((above - gamma) / (zeta - gamma)) - logits
     probability = torch.sigmoid(-kappa)

@@ -146,9 +146,7 @@ def check_names(values: Mapping[str, Tensor], specs: Iterable[UnitSpec], complet
         raise SafelightError(f"masks lack {len(missing)} layers, the first is {missing[0]!r}")
     for name, value in values.items():
         if tuple(value.shape) != (known[name].n_units,):
-            raise SafelightError(
-                f"masks[{name!r}] has shape {tuple(value.shape)}, the layer has {known[name].n_units} {known[name].kind}s"
-            )
+            raise SafelightError(f"masks[{name!r}] has shape {tuple(value.shape)}, not ({known[name].n_units},)")
 
 
 def prunable_params(specs: Iterable[UnitSpec]) -> int:

@@ -108,7 +108,7 @@ class _Items:
     def __init__(
         self, values: Mapping[str, Tensor], specs: Sequence[UnitSpec], price: Price, min_per_layer: int, round_to: int
     ) -> None:
-        self.specs = specs
+        self.specs, self.min_per_layer = specs, min_per_layer
         self.ranked = {name: torch.sort(value, descending=True, stable=True) for name, value in values.items()}
         score, position, size, layer, forced, cost = [], [], [], [], [], []
         for index, spec in enumerate(specs):
@@ -143,7 +143,7 @@ class _Items:
         remaining = budget - int(self.price[start].sum())
         if remaining < 0:
             raise SafelightError(
-                f"min_per_layer asks for more than keep allows: {budget - remaining} of {budget}; lower it or raise keep"
+                f"min_per_layer={self.min_per_layer} needs {budget - remaining} of a budget of {budget}; raise keep"
             )
         kept = start.clone()
         waiting = (allowed & ~start).nonzero().flatten()

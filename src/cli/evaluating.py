@@ -1,0 +1,178 @@
+"""Evaluate a checkpoint: it knows its method, backbone and data, so its path is all that is needed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from safelight.cli import building, composing, ending, running
+from safelight.cli.problems import ConfigProblems, Problem, did_you_mean
+from safelight.cli.validation import validate
+from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from safelight.reporting import Summary
+
+TOLERANCE = 1e-6
+_OWN_KEYS = ("ckpt_path", "eval_dir")
+_GROUPS = ("backbone", "data", "trainer", "callbacks", "logger")
+
+
+def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = ()) -> Summary:
+    """Test a checkpoint and write ``summary.json`` and a report.
+
+    Args:
+        ckpt_path: a checkpoint written by a run.
+        overrides: changes to the stored configuration, for example ``["data.batch_size=8", "trainer=gpu"]``, and
+            ``eval_dir=<folder>`` for where the results go.
+
+    Returns:
+        The content of the written ``summary.json``.
+
+    Raises:
+        SafelightError: the checkpoint cannot be read, or an override is wrong.
+    """
+    started = time.monotonic()
+    building.quiet()
+    from lightning.pytorch import seed_everything
+
+    from safelight.callbacks.checkpointing import read_checkpoint
+    from safelight.reporting import write_summary
+
+    checkpoint = Path(ckpt_path).expanduser()
+    stored = read_checkpoint(checkpoint).get("safelight")
+    if not isinstance(stored, dict) or "template" not in stored:
+        raise SafelightError(
+            f"{str(checkpoint)!r} does not say which method it belongs to: it was not written by a Safelight run"
+        )
+    own = dict(item.partition("=")[::2] for item in overrides if item.partition("=")[0] in _OWN_KEYS)
+    config = evaluation_config(stored["template"], [o for o in overrides if o.partition("=")[0] not in _OWN_KEYS])
+    folder = _results_folder(checkpoint, own.get("eval_dir"))
+    seed_everything(int(config.get("seed", 0)), workers=True, verbose=False)
+    datamodule, module = building.build_datamodule(config), building.build_module(config)
+    trainer = building.build_trainer(config, [], False, folder)
+    metrics, controls = running.measure(trainer, module, datamodule, checkpoint, int(config.get("seed", 0)))
+    command = ending.eval_command(checkpoint)
+    summary = ending.summarise(config, module, metrics, controls, None, command, started)
+    module.eval()
+    ending.write_report(folder / "report", module, summary)
+    write_summary(folder, summary)
+    ending.print_end(folder, module, summary)
+    print(compare_with_training(checkpoint, summary))
+    return summary
+
+
+def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration stored in a checkpoint, on one device, with overrides applied.
+
+    Args:
+        template: configuration before interpolation.
+        overrides: ``group=option`` for backbone, data and trainer, and ``key=value``.
+
+    Raises:
+        ConfigProblems: all mistakes in the overrides.
+    """
+    shipped = yaml.safe_load(files("safelight.configs").joinpath("eval.yaml").read_text(encoding="utf-8"))
+    merged = dict(template)
+    merged["trainer"] = {**template["trainer"], **shipped["trainer"]}
+    merged |= {"resume": None, "run_dir": None, "overwrite": False}
+    groups = [o for o in overrides if o.partition("=")[0] in _GROUPS]
+    problems: list[Problem] = []
+    if groups:
+        # Compose the same method with the other option, and take the blocks that were asked for.
+        other = composing.compose_all([f"method={template['choices']['method']}", *groups])
+        problems += other.problems
+        for group in {o.partition("=")[0] for o in groups}:
+            merged[group] = other.template.get(group)
+            merged["choices"] = {**merged["choices"], group: other.template.get("choices", {}).get(group)}
+    base = composing.resolve(merged)
+    values, changes = [o for o in overrides if o not in groups], {}
+    composed = composing.Composed(template=merged, defaults=base, overrides=list(overrides))
+    for override in composing.parse(values, composed):
+        if override.key_or_group == "method":
+            text = "the method is the checkpoint's; train another one with train.py"
+            composed.problems.append(Problem("method", text, typed=str(override.input_line)))
+        elif composing.checked_key(override, base, composed) is not None:
+            changes[override.key_or_group] = override.value()
+    config = composing.resolve(merged, changes)
+    problems += composed.problems
+    problems += composing.explain(composed, validate(config))
+    if problems:
+        raise ConfigProblems(problems)
+    return config
+
+
+def find_checkpoint(overrides: Sequence[str]) -> tuple[str, list[Problem]]:
+    """The value of ``ckpt_path=`` and what is wrong with it."""
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key != "ckpt_path":
+            continue
+        if Path(value).expanduser().is_file():
+            return value, []
+        folder = Path(value).expanduser()
+        inside = folder / "checkpoints" / "best.ckpt"
+        if inside.is_file():
+            text = f"is a folder; its checkpoint is {inside}"
+            return value, [Problem("ckpt_path", text, typed=item, fix=f"ckpt_path={inside}")]
+        names = [str(p) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        hint, guess = did_you_mean(value, names) if names else ("", None)
+        text = f"there is no file {value!r}" + (f"; {hint}" if guess else "")
+        return value, [Problem("ckpt_path", text, typed=item, fix=f"ckpt_path={guess}" if guess else "")]
+    return "", [Problem("ckpt_path", "must be given: the checkpoint to evaluate", fix="ckpt_path=<file>")]
+
+
+def _results_folder(checkpoint: Path, wish: str | None) -> Path:
+    if wish:
+        folder = Path(wish).expanduser()
+        if folder.is_dir() and any(folder.iterdir()):
+            raise SafelightError(f"eval_dir {str(folder)!r} is not empty; give another one")
+    else:
+        run = checkpoint.absolute().parent.parent
+        parent = run if (run / "config.yaml").is_file() else Path("runs") / "eval"
+        folder = parent / f"eval-{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        while folder.exists():
+            folder = folder.with_name(folder.name + "x")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def compare_with_training(checkpoint: Path, summary: Summary) -> str:
+    """One sentence: whether these numbers are those the training run wrote.
+
+    Latencies differ from call to call and are left out: names that end in ``_seconds``, ``_ms`` or ``latency_ratio``.
+    """
+    from safelight.reporting import read_summary
+
+    folder = checkpoint.absolute().parent.parent
+    if not (folder / "summary.json").is_file():
+        return "the run of this checkpoint has no summary.json to compare with"
+    before = read_summary(folder)
+    if before.artefact is None and not before.metrics:
+        return "the run of this checkpoint measured nothing to compare with"
+    old, new = _flat(before), _flat(summary)
+    shared = sorted(name for name in old.keys() & new.keys() if not _is_time(name))
+    different = [
+        name for name in shared if not math.isclose(old[name], new[name], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    ]
+    if different:
+        name = different[0]
+        shown = f"{name} is {new[name]:.6g}, was {old[name]:.6g}"
+        return f"{len(different)} of {len(shared)} numbers differ from the training run's ({shown})"
+    return f"all {len(shared)} numbers equal the training run's (to {TOLERANCE:g})"
+
+
+def _flat(summary: Summary) -> dict[str, float]:
+    named = {f"{control}/{name}": v for control, values in summary.controls.items() for name, v in values.items()}
+    return {**summary.metrics, **named}
+
+
+def _is_time(name: str) -> bool:
+    return name.endswith(("_seconds", "_ms", "latency_ratio"))

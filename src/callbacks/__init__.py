@@ -1,0 +1,42 @@
+"""Callbacks and loggers that watch any run; they know no method and change no number."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safelight.callbacks.jsonl import MetricsJsonl as MetricsJsonl
+    from safelight.callbacks.jsonl import TrimMetrics as TrimMetrics
+    from safelight.callbacks.media import TensorBoardMedia as TensorBoardMedia
+    from safelight.callbacks.nonfinite import NonFiniteError as NonFiniteError
+    from safelight.callbacks.nonfinite import StopOnNonFinite as StopOnNonFinite
+    from safelight.callbacks.progress import ProgressLine as ProgressLine
+    from safelight.callbacks.progress import RichProgress as RichProgress
+    from safelight.callbacks.progress import make_progress as make_progress
+    from safelight.callbacks.summary import RunSummary as RunSummary
+    from safelight.callbacks.waiting import DataWait as DataWait
+
+_HOME = {
+    "DataWait": "waiting",
+    "MetricsJsonl": "jsonl",
+    "NonFiniteError": "nonfinite",
+    "ProgressLine": "progress",
+    "RichProgress": "progress",
+    "RunSummary": "summary",
+    "StopOnNonFinite": "nonfinite",
+    "TensorBoardMedia": "media",
+    "TrimMetrics": "jsonl",
+    "make_progress": "progress",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
-
 from safelight.errors import SafelightError
 from safelight.metrics.samples import PerSample
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 _WINDOW = 11
 
@@ -33,7 +32,9 @@ class SSIM(PerSample):
                 f"and {tuple(target.shape)}"
             )
         if min(prediction.shape[-2:]) < _WINDOW:
-            raise SafelightError(f"SSIM: pictures of {tuple(prediction.shape[-2:])} are smaller than the {_WINDOW} px window")
+            raise SafelightError(
+                f"SSIM: pictures of {tuple(prediction.shape[-2:])} are smaller than the {_WINDOW} px window"
+            )
         values = structural_similarity_index_measure(
             prediction.float(), target.float(), sigma=1.5, kernel_size=_WINDOW, reduction="none", data_range=1.0
         )

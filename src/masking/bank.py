@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from safelight.errors import SafelightError
@@ -266,11 +266,8 @@ class MaskBank(nn.Module):
         layers = defaultdict(int)
         for spec in self.specs.values():
             layers[spec.kind] += 1
-        weights = [
-            torch.full((s.n_units,), 1.0 / (layers[s.kind] * (s.n_units if reduction == "mean" else 1)))
-            for s in self.specs.values()
-        ]
-        return (values * torch.cat(weights).to(values.device)).sum()
+        weights = [1 / (layers[s.kind] * (s.n_units if reduction == "mean" else 1)) for s in self.specs.values()]
+        return (values * self._per_unit(weights, values)).sum()
 
     def expected_keep(self, price: Price = "params", above: float = 0.0, smooth: bool = True) -> Tensor:
         """Expected fraction of the price that stays, differentiable in the logits.
@@ -292,8 +289,12 @@ class MaskBank(nn.Module):
         if not any(prices):
             raise SafelightError(f"price={price!r}: none of the chosen units costs anything")
         total = sum(p * spec.n_units for p, spec in zip(prices, self.specs.values(), strict=True))
-        shares = [torch.full((s.n_units,), p / total) for p, s in zip(prices, self.specs.values(), strict=True)]
-        return cast(Tensor, (values * torch.cat(shares).to(values.device)).sum())
+        return (values * self._per_unit([p / total for p in prices], values)).sum()
+
+    def _per_unit(self, weights: list[float], like: Tensor) -> Tensor:
+        """One weight per layer, repeated over its units: ``(N,)``."""
+        counts = torch.tensor([spec.n_units for spec in self.specs.values()])
+        return torch.tensor(weights).repeat_interleave(counts).to(like)
 
 
 def _key(name: str) -> str:

@@ -1,8 +1,8 @@
 """Closed-form least-squares correction of the Linears that consume pruned units (Optimal Brain Surgeon style).
 
-Removing inputs S^c of a layer ``y = x W^T + b`` leaves ``x_S W_S^T + b``. The correction replaces ``W_S, b`` by the
-minimiser of ``||x W^T + b - x_S W'^T - b'||^2 + ridge * ||W' - W_S||^2`` over calibration inputs, so what the kept units
-and the bias can say about the lost ones is used. Only Gram matrices are kept, never activations.
+Removing inputs of a layer ``y = x W^T + b`` leaves ``x_S W_S^T + b`` of the kept ones S. The correction replaces
+``W_S, b`` by the minimiser of ``||x W^T + b - x_S W'^T - b'||^2 + ridge * ||W' - W_S||^2`` over calibration inputs, so
+that what the kept units and the bias can say about the lost ones is used. Only Gram matrices are kept.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from safelight.errors import SafelightError
 from torch import nn
+
+from safelight.errors import SafelightError
 
 _FLUX: dict[str, Any] = {
     "patch_size": 1,

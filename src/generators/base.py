@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
 
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_checkpointed
+
 from safelight.errors import SafelightError
 from safelight.generators.quiet import quiet
 from safelight.generators.samplers import FLOW, Sampler, as_markov, make_sampler
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 Conditioning = dict[str, Tensor]
 """What the denoiser is conditioned on. Every value has the batch dimension first, so rows can be sliced, collated and
@@ -198,6 +199,11 @@ class Generator(ABC):
         return 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
 
     @property
+    def config(self) -> Any:
+        """The denoiser's diffusers config."""
+        return self.denoiser.config
+
+    @property
     def device(self) -> torch.device:
         """Device of the denoiser."""
         return next(self.denoiser.parameters()).device
@@ -278,7 +284,7 @@ class Generator(ABC):
             fresh = type(self.pipeline).from_pretrained(self.source, **keep, dtype=self.dtype, use_safetensors=True)
         for name, part in fresh.components.items():
             if name.startswith("text_encoder"):
-                setattr(self.pipeline, name, part)
+                self.pipeline.register_modules(**{name: part})  # plain assignment would not enter it in the index
         self._encoders_dropped = False
         for encoder in self._encoders().values():
             nn.Module.to(encoder, dtype=self.dtype).requires_grad_(False).eval()
@@ -330,7 +336,7 @@ class Generator(ABC):
         prediction = self.denoise(z_in, timestep, positive).to(z.dtype)
         if not self.uses_cfg:
             return prediction
-        negative, wanted = prediction.split(rows)
+        negative, wanted = prediction[:rows], prediction[rows:]
         return negative + self.guidance_scale * (wanted - negative)
 
     def step(self, z: Tensor, i: int, cond: Conditioning) -> Tensor:
@@ -437,6 +443,8 @@ class Generator(ABC):
     def save(self, folder: str | Path, denoiser: nn.Module | None = None) -> None:
         """Write an ordinary diffusers folder, plus ``safelight.json`` with the sampling settings.
 
+        A physically pruned denoiser gets its ``pruning.json`` and a loader beside its weights.
+
         Args:
             folder: Where to write; created if missing.
             denoiser: A denoiser to write in place of the own one, such as a folded copy.
@@ -450,15 +458,22 @@ class Generator(ABC):
             self._reload_encoders()
         with self._with_denoiser(denoiser or self.denoiser), quiet():
             self.pipeline.save_pretrained(str(folder), safe_serialization=True)
+        if getattr(denoiser or self.denoiser, "pruning_stages", None):
+            from safelight.masking import write_manifest
+
+            write_manifest(denoiser or self.denoiser, Path(folder) / self._denoiser_name())
         self._save_settings(Path(folder))
 
     def _save_settings(self, folder: Path) -> None:
         content = {**self.settings, "dtype": str(self.dtype).removeprefix("torch.")}
         (folder / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
+    def _denoiser_name(self) -> str:
+        return "unet" if hasattr(self.pipeline, "unet") else "transformer"
+
     @contextmanager
     def _with_denoiser(self, denoiser: nn.Module) -> Iterator[None]:
-        name = "unet" if hasattr(self.pipeline, "unet") else "transformer"
+        name = self._denoiser_name()
         before = getattr(self.pipeline, name)
         setattr(self.pipeline, name, denoiser)
         try:
@@ -474,7 +489,7 @@ class Generator(ABC):
         return list((modules | {id(self.denoiser): self.denoiser}).values())
 
     def _native_size(self) -> int:
-        size = getattr(self.denoiser.config, "sample_size", None) or 128
+        size = self.config.get("sample_size") or 128
         return int(size) * self.vae_scale_factor
 
     def _size_multiple(self) -> int:
@@ -502,7 +517,7 @@ def _block_checkpointing(denoiser: nn.Module) -> Iterator[None]:
     finally:
         for module, (flag, function) in zip(switchable, before, strict=True):
             module.gradient_checkpointing = flag
-            module._gradient_checkpointing_func = function
+            module._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
 def _checkpoint_block(block: nn.Module, *args: Any) -> Any:

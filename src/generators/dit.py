@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from safelight.errors import SafelightError
 from safelight.generators.base import Conditioning, Generator
 from safelight.generators.samplers import DDIM
-from torch import Tensor, nn
 
 
 class DiTGenerator(Generator):
@@ -34,7 +35,7 @@ class DiTGenerator(Generator):
     @property
     def num_classes(self) -> int:
         """Number of classes; the label after the last one means "no class"."""
-        return int(self.denoiser.config.num_embeds_ada_norm)
+        return int(self.config.num_embeds_ada_norm)
 
     def save(self, folder: str | Path, denoiser: nn.Module | None = None) -> None:
         """See :meth:`Generator.save`; also writes the class names, which diffusers leaves out."""
@@ -76,5 +77,5 @@ class DiTGenerator(Generator):
         size = self._native_size()
         if (self.height, self.width) != (size, size):
             raise SafelightError(f"height={self.height}, width={self.width}: this DiT draws {size}x{size} images only")
-        config = self.denoiser.config
+        config = self.config
         return int(config.in_channels), int(config.sample_size), int(config.sample_size)

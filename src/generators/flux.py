@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safelight.generators.base import Conditioning, Generator
 from torch import Tensor
+
+from safelight.generators.base import Conditioning, Generator
 
 
 def resolution_shift(tokens: int, config: Any) -> float:
@@ -38,12 +39,12 @@ class FluxGenerator(Generator):
     @property
     def uses_cfg(self) -> bool:
         """Whether a step evaluates a negative row: only where guidance is not an input of the network."""
-        return self.guidance_scale > 1 and not self.denoiser.config.guidance_embeds
+        return self.guidance_scale > 1 and not self.config.guidance_embeds
 
     def denoise(self, z: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Generator.denoise`; the guidance scale is given to networks that take it."""
         guidance = None
-        if self.denoiser.config.guidance_embeds:
+        if self.config.guidance_embeds:
             guidance = torch.full((z.shape[0],), self.guidance_scale, dtype=torch.float32, device=z.device)
         text = cond["prompt_embeds"]
         output: Tensor = self.denoiser(
@@ -86,23 +87,24 @@ class FluxGenerator(Generator):
         return schedule
 
     def _default_guidance(self) -> float:
-        return 3.5 if self.denoiser.config.guidance_embeds else 1.0
+        return 3.5 if self.config.guidance_embeds else 1.0
 
     def _grid(self) -> tuple[int, int]:
         return self.height // self._size_multiple(), self.width // self._size_multiple()
 
     def _latent_shape(self) -> tuple[int, ...]:
         rows, columns = self._grid()
-        return rows * columns, int(self.denoiser.config.in_channels)
+        return rows * columns, int(self.config.in_channels)
 
     def _noise_shape(self) -> tuple[int, ...]:
         rows, columns = self._grid()
-        return int(self.denoiser.config.in_channels) // 4, 2 * rows, 2 * columns
+        return int(self.config.in_channels) // 4, 2 * rows, 2 * columns
 
     def _pack(self, noise: Tensor) -> Tensor:
         rows, columns = self._grid()
         patches = noise.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # (B, C, rows, 2, columns, 2)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(len(noise), *self.latent_shape)
+        packed: Tensor = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(noise), *self.latent_shape)
+        return packed
 
     def _spatial_latent(self, z: Tensor) -> Tensor:
         channels, height, width = self._noise_shape()

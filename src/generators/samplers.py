@@ -53,7 +53,8 @@ class FlowEulerSampler:
 
     def update(self, z: Tensor, prediction: Tensor, i: int) -> Tensor:
         """Move ``z`` along the predicted velocity."""
-        return z + (self.sigmas[i + 1] - self.sigmas[i]) * prediction
+        moved: Tensor = z + (self.sigmas[i + 1] - self.sigmas[i]) * prediction
+        return moved
 
 
 class EulerSampler:
@@ -72,7 +73,8 @@ class EulerSampler:
 
     def scale(self, z: Tensor, i: int) -> Tensor:
         """Return ``z / sqrt(sigma^2 + 1)``, which has unit variance."""
-        return z / (self.sigmas[i] ** 2 + 1.0) ** 0.5
+        scaled: Tensor = z / (self.sigmas[i] ** 2 + 1.0) ** 0.5
+        return scaled
 
     def update(self, z: Tensor, prediction: Tensor, i: int) -> Tensor:
         """Move ``z`` along the derivative implied by the prediction."""
@@ -84,7 +86,8 @@ class EulerSampler:
             derivative = prediction / variance**0.5 + z * (sigma / variance)
         else:
             derivative = (z - prediction) / sigma
-        return z + (self.sigmas[i + 1] - sigma) * derivative
+        moved: Tensor = z + (self.sigmas[i + 1] - sigma) * derivative
+        return moved
 
 
 class DDIMSampler:
@@ -125,7 +128,8 @@ class DDIMSampler:
             clean = prediction
         if self.clip is not None:
             clean = clean.clamp(-self.clip, self.clip)
-        return self.next_alphas[i] ** 0.5 * clean + (1.0 - self.next_alphas[i]) ** 0.5 * epsilon
+        mixed: Tensor = self.next_alphas[i] ** 0.5 * clean + (1.0 - self.next_alphas[i]) ** 0.5 * epsilon
+        return mixed
 
 
 def _prediction_type(scheduler: Any) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from safelight.generators.base import Conditioning, Generator
 from safelight.generators.flux import resolution_shift
-from torch import Tensor
 
 
 class SD3Generator(Generator):
@@ -44,13 +45,13 @@ class SD3Generator(Generator):
     def _schedule(self) -> dict[str, Any]:
         if not self.scheduler.config.get("use_dynamic_shifting"):
             return {}
-        patch = int(self.denoiser.config.patch_size)
+        patch = int(self.config.patch_size)
         _, height, width = self.latent_shape
         return {"mu": resolution_shift((height // patch) * (width // patch), self.scheduler.config)}
 
     def _latent_shape(self) -> tuple[int, ...]:
         scale = self.vae_scale_factor
-        return int(self.denoiser.config.in_channels), self.height // scale, self.width // scale
+        return int(self.config.in_channels), self.height // scale, self.width // scale
 
     def _size_multiple(self) -> int:
-        return self.vae_scale_factor * int(self.denoiser.config.patch_size)
+        return self.vae_scale_factor * int(self.config.patch_size)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from safelight.errors import SafelightError
 from safelight.generators.base import Conditioning, Generator
 from safelight.generators.samplers import EULER
-from torch import Tensor
 
 
 class UNetGenerator(Generator):
@@ -23,13 +24,13 @@ class UNetGenerator(Generator):
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        if self.denoiser.config.get("time_cond_proj_dim") is not None:
+        if self.config.get("time_cond_proj_dim") is not None:
             raise SafelightError("denoiser: U-Nets distilled with a guidance embedding (LCM) are not supported")
 
     @property
     def is_sdxl(self) -> bool:
         """Whether the network takes pooled text and image sizes."""
-        return bool(self.denoiser.config.addition_embed_type == "text_time")
+        return bool(self.config.addition_embed_type == "text_time")
 
     def denoise(self, z: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Generator.denoise`."""
@@ -73,4 +74,4 @@ class UNetGenerator(Generator):
 
     def _latent_shape(self) -> tuple[int, ...]:
         scale = self.vae_scale_factor
-        return int(self.denoiser.config.in_channels), self.height // scale, self.width // scale
+        return int(self.config.in_channels), self.height // scale, self.width // scale

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from safelight.errors import SafelightError
 from safelight.generators.base import Conditioning, Generator
-from torch import Tensor, nn
 
 
 class VelocityGenerator(Generator):

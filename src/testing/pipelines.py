@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from safelight.testing.denoisers import build_denoiser
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -103,7 +104,7 @@ def _euler() -> Any:
 def _vae(channels: int, shift_factor: float | None = None) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
+    vae: Any = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -111,7 +112,8 @@ def _vae(channels: int, shift_factor: float | None = None) -> Any:
         norm_num_groups=4,
         sample_size=16,
         shift_factor=shift_factor,
-    ).eval()
+    )
+    return vae.eval()
 
 
 def _clip(width: int, projection: int | None = None) -> Any:
@@ -129,7 +131,8 @@ def _clip(width: int, projection: int | None = None) -> Any:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+    encoder: Any = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    return encoder.eval()
 
 
 def _clip_tokenizer() -> Any:
@@ -146,7 +149,8 @@ def _t5(width: int) -> Any:
     config = T5Config(
         vocab_size=len(_LETTERS) + 4, d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2, use_cache=False
     )
-    return T5EncoderModel(config).eval()
+    encoder: Any = T5EncoderModel(config)
+    return encoder.eval()
 
 
 def _t5_tokenizer() -> Any:

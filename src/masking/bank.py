@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
+from torch import Tensor, nn
+
 from safelight.errors import SafelightError
 from safelight.masking import gates as formulas
 from safelight.masking.gates import Mode, Penalty
 from safelight.masking.units import Kind, Price, Site, UnitSpec, check_names
-from torch import Tensor, nn
 
 
 class _GateHook:

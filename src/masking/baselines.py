@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from safelight.masking.bank import MaskBank
 from safelight.masking.units import Price, UnitSpec
-from torch import Tensor, nn
 
 
 def random_scores(specs: Sequence[UnitSpec], seed: int) -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
+
 from safelight.errors import SafelightError
 from safelight.masking.removal import fold
 from safelight.masking.units import specs_for
-from torch import Tensor, nn
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safelight.errors import SafelightError
-from safelight.masking import load
-from safelight.masking.units import UnitSpec, check_names
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from safelight.errors import SafelightError
+from safelight.masking import load
+from safelight.masking.units import UnitSpec, check_names
 
 _MASKS = "masks.safetensors"
 _FORMAT = 1

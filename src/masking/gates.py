@@ -10,8 +10,9 @@ import math
 from typing import Literal
 
 import torch
-from safelight.errors import SafelightError
 from torch import Tensor
+
+from safelight.errors import SafelightError
 
 Mode = Literal["hard_concrete", "sigmoid", "binary", "threshold", "off"]
 Penalty = Literal["l0", "l1", "l1_sigmoid", "l2"]

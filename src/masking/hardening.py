@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
+
 from safelight.errors import SafelightError
 from safelight.masking.units import Kind, Price, UnitSpec, check_names
-from torch import Tensor
 
 
 def harden(

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
+
 from safelight.errors import SafelightError
 from safelight.masking.bank import _GateHook
 from safelight.masking.load import narrow
 from safelight.masking.units import UnitSpec, specs_for
-from torch import Tensor, nn
 
 
 @torch.no_grad()

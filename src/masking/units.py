@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from safelight.errors import SafelightError
 from torch import Tensor, nn
+
+from safelight.errors import SafelightError
 
 Kind = Literal["head", "neuron", "modulation"]
 Price = Literal["units", "params", "flops"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safelight.masking.units import UnitSpec
 from torch import Tensor, nn
+
+from safelight.masking.units import UnitSpec
 
 
 def awkward_masks(specs: list[UnitSpec], shift: int) -> dict[str, Tensor]:

@@ -3,12 +3,13 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+
 from safelight.errors import SafelightError
 from safelight.masking import gates as formulas
 from safelight.masking.bank import MaskBank
 from safelight.masking.units import KINDS, find_units
 from safelight.testing.denoisers import FAMILIES, build_denoiser, example_inputs
-from torch.utils.checkpoint import checkpoint
 
 
 def run(denoiser, inputs):

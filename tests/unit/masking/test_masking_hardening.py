@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from safelight.errors import SafelightError
 from safelight.masking.hardening import harden, kept_fraction, removed_params
 from safelight.masking.units import UnitSpec, find_units, prunable_params

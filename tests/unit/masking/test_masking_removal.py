@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+
 from safelight.errors import SafelightError
 from safelight.masking.bank import MaskBank
 from safelight.masking.hardening import harden, kept_fraction, removed_params

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch import nn
+
 from safelight.errors import SafelightError
 from safelight.masking.units import KINDS, count_tokens, find_units, prunable_params
 from safelight.testing.denoisers import build_denoiser, example_inputs
-from torch import nn
 
 SDXL = {
     "sample_size": 128,

@@ -172,7 +172,8 @@ class Checkpoints(Checkpoint):
         if value is None:
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise SafelightError(
-                f"best.ckpt is chosen by {self.monitor!r}, but only {known} was logged; set callbacks.checkpoints.monitor"
+                f"best.ckpt is chosen by {self.monitor!r}, but only {known} was logged; "
+                "set callbacks.checkpoints.monitor"
             )
         number = float(value)
         worst = math.inf if self.mode == "min" else -math.inf

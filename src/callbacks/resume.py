@@ -42,7 +42,7 @@ class ExactResume(Callback):
     """Makes a resumed run the run that would have been: training has its own random stream, kept in checkpoints.
 
     The stream is taken at the end of each batch and put back at the start of the next. So nothing between two batches
-    (validation, pictures, writing a checkpoint) can shift it, and a run resumed between them goes on with the same draws.
+    (validation, pictures, writing a checkpoint) can shift it, and a run resumed there goes on with the same draws.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safelight.cli.folders import process_rank
-from safelight.cli.problems import ConfigProblems, Problem, did_you_mean, render
+from safelight.cli.problems import ConfigError, Problem, did_you_mean, render
 from safelight.errors import SafelightError
 
 USER_ERROR = 2
@@ -73,7 +73,7 @@ def _train(typed: list[str], program: str) -> int:
     if composed.config:
         problems += composing.explain(composed, validate(composed.config))
     if problems:
-        raise ConfigProblems(problems)
+        raise ConfigError(problems)
     if "cfg" in flags:
         import yaml
 
@@ -98,7 +98,7 @@ def _evaluate(typed: list[str], program: str) -> int:
 
     path, problems = find_checkpoint(typed)
     if problems:
-        raise ConfigProblems(problems)
+        raise ConfigError(problems)
     evaluate(path, typed)
     return 0
 
@@ -136,7 +136,7 @@ def _guarded(job: Callable[[], int], typed: Sequence[str], program: str) -> int:
     """Run a job and turn mistakes into messages: a traceback is for bugs."""
     try:
         return job()
-    except ConfigProblems as error:
+    except ConfigError as error:
         if process_rank() == 0:
             print(render(error.problems, program, typed), file=sys.stderr)
         return USER_ERROR
@@ -164,7 +164,9 @@ def _stopped(error: BaseException, number: int, typed: Sequence[str], program: s
     if process_rank() > 0:
         # Lightning ends the whole job when a child fails; this one did as it was asked.
         return 0
-    folder = os.environ.get("SAFELIGHT_RUN_DIR", "")
+    from safelight.cli.ending import shown_path
+
+    folder = shown_path(Path(os.environ.get("SAFELIGHT_RUN_DIR", "")))
     step = getattr(error, "saved_step", None)
     last = Path(folder) / "checkpoints" / "last.ckpt"
     kept = [word for word in typed if not word.startswith(("resume=", "run_dir=", "overwrite="))]

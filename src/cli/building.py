@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def build(where: str, block: Mapping[str, Any], kind: type | tuple[type, ...], **given: Any) -> Any:
-    """Call the class a block names, with the block's values as keyword arguments.
+    """Call what a block names, with the block's values as keyword arguments.
 
     Args:
         where: name of the block, for messages.
         block: plain values and ``_target_``.
-        kind: what the class must derive from. A checkpoint brings its own configuration, so a ``_target_`` is
-            never called before it is known to be of the expected kind.
+        kind: what the class must derive from; a function is accepted from this package only. A checkpoint brings
+            its own configuration, so a ``_target_`` is never called before it is known to be of the expected kind.
         given: further keyword arguments.
 
     Raises:
@@ -38,7 +38,8 @@ def build(where: str, block: Mapping[str, Any], kind: type | tuple[type, ...], *
         raise SafelightError(f"{where}: {block[TARGET]} needs {error.name!r}, which is not installed") from error
     except AttributeError as error:
         raise SafelightError(f"{where}: module {module_name!r} has no class {name!r}") from error
-    if not (isinstance(target, type) and issubclass(target, kind)):
+    ours = not isinstance(target, type) and callable(target) and module_name.startswith("safelight.")
+    if not ours and not (isinstance(target, type) and issubclass(target, kind)):
         wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise SafelightError(f"{where}: {block[TARGET]} is not a {wanted}")
     values = {key: value for key, value in block.items() if key != TARGET}
@@ -74,32 +75,40 @@ def build_datamodule(config: Mapping[str, Any]) -> LightningDataModule | None:
 def build_callbacks(config: Mapping[str, Any], folder: Path, template: Mapping[str, Any]) -> list[Callback]:
     """Callbacks from the configuration, and those without which a run could not be continued.
 
-    The order matters: the random streams are taken before a checkpoint is written.
+    The order matters: the random streams are taken before a checkpoint is written, and lines of ``metrics.jsonl`` that
+    will be written again are dropped before anything is logged.
     """
-    from lightning.pytorch import Callback
-
+    from safelight.callbacks import TrimMetrics
     from safelight.callbacks.checkpointing import Checkpoints, StoreConfig
     from safelight.callbacks.resume import ExactResume, StopCleanly
 
-    chosen: list[Callback] = []
-    checkpoints: Checkpoints | None = None
+    chosen = build_chosen(config, folder)
+    checkpoints = next((callback for callback in chosen if isinstance(callback, Checkpoints)), None)
+    return [StoreConfig(config, template), ExactResume(), TrimMetrics(), *chosen, StopCleanly(checkpoints)]
+
+
+def build_chosen(config: Mapping[str, Any], folder: Path) -> list[Callback]:
+    """The callbacks of the configuration; a block set to null is left out."""
+    from lightning.pytorch import Callback
+
+    from safelight.callbacks.checkpointing import Checkpoints
+
+    chosen = []
     for name, block in (config.get("callbacks") or {}).items():
-        if not block:
-            continue
-        module_name, _, class_name = str(block[TARGET]).rpartition(".")
-        given = {"folder": folder / "checkpoints"} if class_name == Checkpoints.__name__ else {}
-        callback = build(f"callbacks.{name}", block, Callback, **given)
-        if isinstance(callback, Checkpoints):
-            checkpoints = callback
-        chosen.append(callback)
-    return [StoreConfig(config, template), ExactResume(), *chosen, StopCleanly(checkpoints)]
+        if block:
+            is_checkpoints = str(block[TARGET]).endswith(f".{Checkpoints.__name__}")
+            given = {"folder": folder / "checkpoints"} if is_checkpoints else {}
+            chosen.append(build(f"callbacks.{name}", block, Callback, **given))
+    return chosen
 
 
 def build_loggers(config: Mapping[str, Any], folder: Path) -> list[Logger]:
     """Loggers from the configuration, and ``metrics.jsonl`` always."""
     from lightning.pytorch.loggers import Logger
 
-    loggers: list[Logger] = []
+    from safelight.callbacks import MetricsJsonl
+
+    loggers: list[Logger] = [MetricsJsonl(folder)]
     for name, block in (config.get("logger") or {}).items():
         if block:
             loggers.append(build(f"logger.{name}", block, Logger, save_dir=str(folder)))
@@ -148,6 +157,7 @@ def quiet() -> None:
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
         r".*available but not used.*",
+        r".*callbacks used to create the checkpoint need to be provided.*",
         r".*tensorboardX.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)

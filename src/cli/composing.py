@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.cli.problems import ConfigProblems, Problem, did_you_mean
+from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.signatures import signature_of
 from safelight.cli.validation import TARGET
 from safelight.errors import SafelightError
@@ -58,11 +58,11 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
         Plain nested dicts, lists and scalars; ``choices`` holds the picked option of each group.
 
     Raises:
-        ConfigProblems: one or more overrides are wrong; all of them are listed.
+        ConfigError: one or more overrides are wrong; all of them are listed.
     """
     composed = compose_all(overrides)
     if composed.problems:
-        raise ConfigProblems(composed.problems)
+        raise ConfigError(composed.problems)
     return composed.config
 
 
@@ -158,6 +158,7 @@ def options(group: str, searchpath: Sequence[str] = ()) -> list[str]:
 
 
 def parse(overrides: Sequence[str], result: Composed) -> list[Override]:
+    """Hydra's reading of each override; what cannot be read becomes a problem in ``result``."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -166,7 +167,7 @@ def parse(overrides: Sequence[str], result: Composed) -> list[Override]:
     for typed in overrides:
         try:
             (override,) = parser.parse_overrides([typed])
-        except HydraException as error:
+        except HydraException:
             text = "cannot be read as key=value; put text with special signs in quotes: key='\"a, b\"'"
             if "=" not in typed:
                 text = "is not of the form key=value; --help shows the options"

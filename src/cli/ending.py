@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 def eval_command(checkpoint: Path) -> str:
     """The command that repeats a run's numbers."""
-    return shlex.join(["python", "eval.py", f"ckpt_path={_shown(checkpoint)}"])
+    return shlex.join(["python", "eval.py", f"ckpt_path={shown_path(checkpoint)}"])
 
 
-def _shown(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """A path as short as it can be written from the current folder."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
@@ -61,7 +61,7 @@ def summarise(
         metrics=dict(metrics),
         controls={name: dict(values) for name, values in controls.items()},
         paper={name: dict(entry) for name, entry in getattr(module, "paper_numbers", {}).items()},
-        artefact=_shown(artefact) if artefact else None,
+        artefact=shown_path(artefact) if artefact else None,
         eval_command=command,
         versions=versions(),
     )
@@ -111,7 +111,7 @@ def print_end(folder: Path, module: LightningModule, summary: Summary) -> None:
     if summary.artefact:
         lines.append(("artefact", summary.artefact))
     if (folder / "report" / "index.html").is_file():
-        lines.append(("report", _shown(folder / "report" / "index.html")))
+        lines.append(("report", shown_path(folder / "report" / "index.html")))
     lines.append(("evaluate", summary.eval_command))
     full_size = getattr(module, "full_size_command", lambda: None)()
     if full_size:

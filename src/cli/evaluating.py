@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from safelight.cli import building, composing, ending, running
-from safelight.cli.problems import ConfigProblems, Problem, did_you_mean
+from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.validation import validate
 from safelight.errors import SafelightError
 
@@ -57,7 +57,10 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = ()) -> Summary:
     folder = _results_folder(checkpoint, own.get("eval_dir"))
     seed_everything(int(config.get("seed", 0)), workers=True, verbose=False)
     datamodule, module = building.build_datamodule(config), building.build_module(config)
-    trainer = building.build_trainer(config, [], False, folder)
+    progress = {"callbacks": {"progress": (config.get("callbacks") or {}).get("progress")}}
+    watching = building.build_chosen(progress, folder)
+    config["trainer"]["enable_progress_bar"] = bool(watching)
+    trainer = building.build_trainer(config, watching, False, folder)
     metrics, controls = running.measure(trainer, module, datamodule, checkpoint, int(config.get("seed", 0)))
     command = ending.eval_command(checkpoint)
     summary = ending.summarise(config, module, metrics, controls, None, command, started)
@@ -77,23 +80,24 @@ def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> 
         overrides: ``group=option`` for backbone, data and trainer, and ``key=value``.
 
     Raises:
-        ConfigProblems: all mistakes in the overrides.
+        ConfigError: all mistakes in the overrides.
     """
     shipped = yaml.safe_load(files("safelight.configs").joinpath("eval.yaml").read_text(encoding="utf-8"))
     merged = dict(template)
     merged["trainer"] = {**template["trainer"], **shipped["trainer"]}
     merged |= {"resume": None, "run_dir": None, "overwrite": False}
     groups = [o for o in overrides if o.partition("=")[0] in _GROUPS]
+    plugins = [o for o in overrides if o.startswith("hydra.searchpath=")]
     problems: list[Problem] = []
     if groups:
         # Compose the same method with the other option, and take the blocks that were asked for.
-        other = composing.compose_all([f"method={template['choices']['method']}", *groups])
+        other = composing.compose_all([f"method={template['choices']['method']}", *plugins, *groups])
         problems += other.problems
         for group in {o.partition("=")[0] for o in groups}:
             merged[group] = other.template.get(group)
             merged["choices"] = {**merged["choices"], group: other.template.get("choices", {}).get(group)}
     base = composing.resolve(merged)
-    values, changes = [o for o in overrides if o not in groups], {}
+    values, changes = [o for o in overrides if o not in groups + plugins], {}
     composed = composing.Composed(template=merged, defaults=base, overrides=list(overrides))
     for override in composing.parse(values, composed):
         if override.key_or_group == "method":
@@ -105,7 +109,7 @@ def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> 
     problems += composed.problems
     problems += composing.explain(composed, validate(config))
     if problems:
-        raise ConfigProblems(problems)
+        raise ConfigError(problems)
     return config
 
 

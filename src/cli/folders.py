@@ -146,19 +146,3 @@ def _commit(folder: Path) -> str | None:
         return None
     answer = subprocess.run([git, "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return answer.stdout.strip() or None
-
-
-def trim_metrics(file: Path, step: int) -> None:
-    """Drop lines of ``metrics.jsonl`` after ``step``: the resumed run writes them again."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            # Half a line, cut off when the process was killed.
-            continue
-        if row.get("step", 0) < step:
-            kept.append(line)
-    file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

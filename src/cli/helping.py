@@ -80,7 +80,7 @@ def eval_help_text() -> str:
             "usage: python eval.py ckpt_path=<run folder>/checkpoints/best.ckpt [key=value ...]",
             "",
             "  eval_dir=<folder>    where summary.json and the report go; <run folder>/eval-<time> by default",
-            "  data.batch_size=8    any stored value can be changed; backbone=, data= and trainer= choose another option",
+            "  data.batch_size=8    change any stored value; backbone=, data=, trainer= choose another option",
             "",
             "examples",
             "  python eval.py ckpt_path=runs/ecodiff/<run>/checkpoints/best.ckpt",

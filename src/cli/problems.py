@@ -31,7 +31,7 @@ class Problem:
     fix: str = ""
 
 
-class ConfigProblems(SafelightError):
+class ConfigError(SafelightError):
     """One or more mistakes in what was asked for; ``problems`` has them all."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:

@@ -115,7 +115,6 @@ def _say_resumed(found: resuming.Resumable, notes: Sequence[str]) -> None:
 def _continue_in(found: resuming.Resumable) -> Path:
     folder = folders.adopt(found.folder)
     if folders.process_rank() == 0:
-        folders.trim_metrics(folder / "metrics.jsonl", found.step)
         (folder / "summary.json").unlink(missing_ok=True)
     return folder
 

@@ -138,9 +138,8 @@ def _find(module: str, name: str, hops: int = _MAX_HOPS) -> _Found | None:
             isinstance(t, ast.Name) and t.id == name for t in statement.targets
         ):
             return _Found(module, statement.value)
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
-            if statement.target.id == name:
-                return _Found(module, statement.value)
+        if isinstance(statement, ast.AnnAssign) and statement.value and ast.unparse(statement.target) == name:
+            return _Found(module, statement.value)
         if isinstance(statement, ast.ImportFrom):
             for alias in statement.names:
                 if (alias.asname or alias.name) == name:

@@ -204,9 +204,12 @@ def _missing_paths(config: Mapping[str, Any]) -> Iterator[Problem]:
                 problem = _missing_pretrained(f"{group}.{name}", value)
                 if problem:
                     yield problem
-            elif name in _PATH_NAMES or name.endswith(tuple(f"_{word}" for word in _PATH_NAMES)):
-                if not Path(value).expanduser().exists():
-                    yield Problem(f"{group}.{name}", f"there is no {value!r} here{_nearest_sibling(value)}")
+            elif _names_a_path(name) and not Path(value).expanduser().exists():
+                yield Problem(f"{group}.{name}", f"there is no {value!r} here{_nearest_sibling(value)}")
+
+
+def _names_a_path(name: str) -> bool:
+    return name in _PATH_NAMES or name.endswith(tuple(f"_{word}" for word in _PATH_NAMES))
 
 
 def _run_folder_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -217,10 +220,10 @@ def _run_folder_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     if isinstance(resume, str) and resume != "auto" and not Path(resume).expanduser().exists():
         text = f"there is no run folder or checkpoint {resume!r}; resume=auto finds the newest unfinished run"
         yield Problem("resume", text + _nearest_sibling(resume))
-    if isinstance(run_dir, str) and not resume and not config.get("overwrite") and process_rank() == 0:
-        if is_used(Path(run_dir)):
-            text = f"{run_dir!r} holds an earlier run; go on with it, or give another folder or overwrite=true"
-            yield Problem("run_dir", text, fix="resume=auto")
+    new = isinstance(run_dir, str) and not resume and not config.get("overwrite") and process_rank() == 0
+    if new and is_used(Path(run_dir).expanduser()):
+        text = f"{run_dir!r} holds an earlier run; add resume=auto to go on with it or overwrite=true to replace it"
+        yield Problem("run_dir", text)
 
 
 def _missing_pretrained(where: str, value: str) -> Problem | None:

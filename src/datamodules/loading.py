@@ -98,9 +98,9 @@ class _Plan:
 class ResumableLoader:
     """A loader over a map-style data set that can be stopped and continued bit for bit.
 
-    It is an ordinary re-iterable with ``len``; Lightning sees ``state_dict``/``load_state_dict`` and stores the place in
-    its checkpoints, and leaves the sharding over ranks to it. Outside Lightning call ``set_epoch`` or simply iterate:
-    a completed pass moves to the next epoch by itself.
+    It is an ordinary re-iterable with ``len``. Lightning sees ``state_dict``/``load_state_dict``, stores the place in
+    its checkpoints, and leaves the sharding over ranks to the loader. Outside Lightning call ``set_epoch`` or simply
+    iterate: a completed pass moves to the next epoch by itself.
 
     Args:
         dataset: map-style data set (``__getitem__`` and ``__len__``).

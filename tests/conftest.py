@@ -1,0 +1,62 @@
+"""Every test runs without network and on one thread per process."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch is imported by any test module.
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ[_name] = _value
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))
+
+_connect = socket.socket.connect
+
+
+class NetworkBlockedError(AssertionError):
+    """A test tried to reach another machine."""
+
+
+def _is_local(address: Any) -> bool:
+    if not isinstance(address, tuple):
+        return True  # A path: a Unix socket.
+    host = str(address[0])
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("localhost", socket.gethostname())
+
+
+def _guarded_connect(self: socket.socket, address: Any) -> None:
+    if not _is_local(address):
+        raise NetworkBlockedError(f"a test tried to connect to {address!r}; tests run without network")
+    _connect(self, address)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Any:
+    """Connections leave this machine only by failing the test; loopback and Unix sockets stay (DDP needs them)."""
+    socket.socket.connect = _guarded_connect  # type: ignore[method-assign]
+    yield
+    socket.socket.connect = _connect  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def clean_run_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run folders announced by an earlier test must not leak into the next."""
+    for name in ("SAFELIGHT_RUN_DIR", "LOCAL_RANK", "RANK", "SLURM_PROCID", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(name, raising=False)

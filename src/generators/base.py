@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from safelight.errors import SafelightError
+from safelight.generators.checkpointing import block_checkpointing
+from safelight.generators.encoders import decode_latent, reload_text_encoders, text_encoders
 from safelight.generators.quiet import quiet
 from safelight.generators.samplers import FLOW, Sampler, as_markov, make_sampler
 
@@ -248,9 +250,8 @@ class Generator(ABC):
         """
         if isinstance(prompts, str) or not prompts:
             raise SafelightError(f"prompts: expected a non-empty list of texts, got {prompts!r}")
-        if self._encoders_dropped:
-            self._reload_encoders()
-        for encoder in self._encoders().values():
+        self._restore_encoders()
+        for encoder in text_encoders(self.pipeline).values():
             encoder.to(self.device)
         known = {prompt: self._encode_one(prompt) for prompt in dict.fromkeys(prompts)}
         keys = next(iter(known.values())).keys()
@@ -262,32 +263,20 @@ class Generator(ABC):
         Raises:
             SafelightError: If the pipeline was built in memory, so that they could not come back.
         """
-        if not self._encoders():
+        if not text_encoders(self.pipeline):
             return
         if self.source is None:
             raise SafelightError(
                 "drop_encoders: this pipeline was built in memory, its text encoders exist nowhere else"
             )
-        for name in self._encoders():
+        for name in text_encoders(self.pipeline):
             setattr(self.pipeline, name, None)
         self._encoders_dropped = True
 
-    def _encoders(self) -> dict[str, nn.Module]:
-        if self.pipeline is None:
-            return {}
-        parts = self.pipeline.components.items()
-        return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
-
-    def _reload_encoders(self) -> None:
-        keep = {name: part for name, part in self.pipeline.components.items() if not name.startswith("text_encoder")}
-        with quiet():
-            fresh = type(self.pipeline).from_pretrained(self.source, **keep, dtype=self.dtype, use_safetensors=True)
-        for name, part in fresh.components.items():
-            if name.startswith("text_encoder"):
-                self.pipeline.register_modules(**{name: part})  # plain assignment would not enter it in the index
-        self._encoders_dropped = False
-        for encoder in self._encoders().values():
-            nn.Module.to(encoder, dtype=self.dtype).requires_grad_(False).eval()
+    def _restore_encoders(self) -> None:
+        if self._encoders_dropped and self.source is not None:
+            reload_text_encoders(self.pipeline, self.source, self.dtype)
+            self._encoders_dropped = False
 
     # -- roll out ----------------------------------------------------------------------------------------------------
 
@@ -402,7 +391,7 @@ class Generator(ABC):
 
     def _step_by_blocks(self, z: Tensor, i: int, cond: Conditioning) -> Tensor:
         # The switch is set inside the step so that the recomputation, which runs in the backward pass, sees it too.
-        with _block_checkpointing(self.denoiser):
+        with block_checkpointing(self.denoiser):
             return self.step(z, i, cond)
 
     # -- decode, save ------------------------------------------------------------------------------------------------
@@ -423,21 +412,8 @@ class Generator(ABC):
         vae = getattr(self.pipeline, "vae", None)
         if vae is None:
             raise SafelightError("decode: this generator has no VAE; build it from a whole pipeline")
-        config = vae.config
-        # The SDXL VAE overflows in float16.
-        dtype = torch.float32 if vae.dtype == torch.float16 and config.get("force_upcast") else vae.dtype
-        if vae.device != z.device or vae.dtype != dtype:
-            vae.to(device=z.device, dtype=dtype)
         with torch.set_grad_enabled(grad):
-            latent = self._spatial_latent(z).to(dtype)
-            mean, std = config.get("latents_mean"), config.get("latents_std")
-            if self.family == "unet" and mean is not None and std is not None:
-                shape = (1, -1, 1, 1)
-                latent = latent * latent.new_tensor(std).view(shape) / config.scaling_factor
-                latent = latent + latent.new_tensor(mean).view(shape)
-            else:
-                latent = latent / config.scaling_factor + (config.get("shift_factor") or 0.0)
-            images: Tensor = vae.decode(latent, return_dict=False)[0] / 2 + 0.5
+            images = decode_latent(vae, self._spatial_latent(z))
         return images if grad else images.clamp(0, 1).to(self.latent_dtype)
 
     def save(self, folder: str | Path, denoiser: nn.Module | None = None) -> None:
@@ -454,8 +430,7 @@ class Generator(ABC):
         """
         if self.pipeline is None:
             raise SafelightError("save: this generator was built without a pipeline; save its denoiser instead")
-        if self._encoders_dropped:
-            self._reload_encoders()
+        self._restore_encoders()
         with self._with_denoiser(denoiser or self.denoiser), quiet():
             self.pipeline.save_pretrained(str(folder), safe_serialization=True)
         if getattr(denoiser or self.denoiser, "pruning_stages", None):
@@ -498,27 +473,3 @@ class Generator(ABC):
     def __repr__(self) -> str:
         values = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
         return f"{type(self).__name__}({values}, dtype={self.dtype}, device={self.device})"
-
-
-@contextmanager
-def _block_checkpointing(denoiser: nn.Module) -> Iterator[None]:
-    """Switch on diffusers' own block-wise checkpointing for the time of one denoiser call."""
-    if not getattr(denoiser, "_supports_gradient_checkpointing", False):
-        raise SafelightError(
-            f"checkpoint='step+block': {type(denoiser).__name__} has no block-wise checkpointing; use 'step'"
-        )
-    switchable = [m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")]
-    before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in switchable]
-    for module in switchable:
-        module.gradient_checkpointing = True  # type: ignore[assignment]
-        module._gradient_checkpointing_func = _checkpoint_block  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module, (flag, function) in zip(switchable, before, strict=True):
-            module.gradient_checkpointing = flag
-            module._gradient_checkpointing_func = function  # type: ignore[assignment]
-
-
-def _checkpoint_block(block: nn.Module, *args: Any) -> Any:
-    return run_checkpointed(block, *args, use_reentrant=False, preserve_rng_state=block.training)

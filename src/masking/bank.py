@@ -264,7 +264,7 @@ class MaskBank(nn.Module):
         values = formulas.penalty(flat, kind, self.alpha, self.gamma, self.zeta)
         if price != "units":
             return self._weighted_mean(values, price)
-        layers = defaultdict(int)
+        layers: dict[Kind, int] = defaultdict(int)
         for spec in self.specs.values():
             layers[spec.kind] += 1
         weights = [1 / (layers[s.kind] * (s.n_units if reduction == "mean" else 1)) for s in self.specs.values()]

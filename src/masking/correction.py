@@ -25,7 +25,7 @@ def least_squares_correction(
     masks: Mapping[str, Tensor],
     run: Callable[[], Any],
     *,
-    ridge: float = 1e-3,
+    ridge: float = 1e-2,
     sequential: bool = False,
     rows_per_call: int = 512,
     memory_bytes: int = 2**31,
@@ -101,7 +101,7 @@ def solve(
     right += old[:, index] * pull
     try:
         new = torch.linalg.solve(system, right.T).T if len(index) else right
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise SafelightError(f"ridge={ridge} leaves the least-squares system singular; raise it") from error
     full = torch.zeros_like(weight)
     full[:, kept.to(weight.device)] = new[:, : len(kept)].to(weight)

@@ -23,6 +23,8 @@ MANIFEST = "pruning.json"
 class ScatterLinear(nn.Module):
     """A ``Linear`` whose pruned outputs are exactly zero: a smaller one, scattered into the original width."""
 
+    kept: torch.Tensor
+
     def __init__(self, linear: nn.Linear, kept: torch.Tensor) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -32,7 +34,7 @@ class ScatterLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)`` with zeros where outputs were pruned."""
-        values = self.sparse_proj(x)
+        values: torch.Tensor = self.sparse_proj(x)
         wide = values.new_zeros(*values.shape[:-1], self.out_features)
         return wide.index_copy(-1, self.kept, values)
 
@@ -176,10 +178,10 @@ def load_pruned(folder: str | Path, device: str = "cpu", dtype: torch.dtype | No
     config, manifest = _read_json(folder / "config.json"), _read_json(folder / MANIFEST)
     cls = getattr(diffusers, config["_class_name"])
 
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[no-untyped-call]
+    hook = register_module_parameter_registration_hook(to_meta)
     try:
         denoiser: nn.Module = cls.from_config(config)
     finally:
@@ -198,7 +200,7 @@ def load_pruned(folder: str | Path, device: str = "cpu", dtype: torch.dtype | No
         denoiser.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its {MANIFEST}: {error}") from error
-    denoiser.pruning_stages = manifest["stages"]  # type: ignore[assignment]
+    denoiser.pruning_stages = manifest["stages"]
     nn.Module.to(denoiser, device=device, dtype=dtype)
     return denoiser.eval()
 

@@ -239,7 +239,8 @@ def _head_spec(name: str, attention: Any, modules: Mapping[str, Any]) -> UnitSpe
         return None  # grouped-query attention: a query head cannot go without its siblings
     head_dim = width // heads
     norms = [getattr(attention, f"norm_{n}", None) for n in ("q", "k", "added_q", "added_k")]
-    if any(getattr(norm, "weight", None) is not None and norm.weight.numel() != head_dim for norm in norms):
+    scales = [getattr(norm, "weight", None) for norm in norms]
+    if any(scale is not None and scale.numel() != head_dim for scale in scales):
         return None  # normalised across heads: removing one would change the others
     consumers = [f"{name}.to_out.0", f"{name}.to_out", f"{name}.to_add_out"]
     if getattr(attention, "to_out", None) is None:  # FLUX single block: the block's proj_out consumes the heads first

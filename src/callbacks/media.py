@@ -38,9 +38,9 @@ def untouched(module: torch.nn.Module) -> Iterator[None]:
 class TensorBoardMedia(Callback):
     """Asks the module for pictures every so many steps and adds histograms of its trainable parameters.
 
-    A module takes part by having ``log_media(writer, step)``, where ``writer`` is TensorBoard's ``SummaryWriter``. It is
-    called on the first rank only, in eval mode, without gradients and with the random state put back afterwards, so it
-    must not call collectives. Without a TensorBoard logger nothing happens.
+    A module takes part by having ``log_media(writer, step)``, where ``writer`` is TensorBoard's ``SummaryWriter``. It
+    is called on the first rank only, in eval mode, without gradients and with the random state put back afterwards,
+    so it must not call collectives. Without a TensorBoard logger nothing happens.
 
     Args:
         every_n_steps: Optimisation steps between two calls; the start and the end of training are always shown.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -63,9 +64,7 @@ class StopOnNonFinite(Callback):
         self._bad_loss = torch.full((), -1, dtype=torch.long, device=pl_module.device)
         self._bad_gradients = torch.full((len(self._names),), -1, dtype=torch.long, device=pl_module.device)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Holds the batch until its step is over, to look for the cause in it."""
         self._batch = batch
 
@@ -73,9 +72,7 @@ class StopOnNonFinite(Callback):
         """Looks at the loss, without waiting for the device."""
         self._see_loss(trainer, loss)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Looks at the gradients and, when it is time, reads the answer."""
         # With loss scaling (16-mixed) infinite gradients are part of the game: the scaler skips that step.
         if getattr(trainer.precision_plugin, "scaler", None) is None:
@@ -99,7 +96,7 @@ class StopOnNonFinite(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the validation metrics."""
-        if trainer.training and not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._check_metrics(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

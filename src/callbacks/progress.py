@@ -149,7 +149,13 @@ class ProgressLine(ProgressBar):
         self._step_at += time.monotonic() - self._paused_at
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Prints how far validation got when it takes long."""
         self.has_dataloader_changed(dataloader_idx)
@@ -160,7 +166,13 @@ class ProgressLine(ProgressBar):
         self._paused_at = self._started = self._printed_at = time.monotonic()
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Prints how far the test got when it takes long."""
         self.has_dataloader_changed(dataloader_idx)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from safelight.errors import SafelightError
 from safelight.metrics.samples import PerSample
-from torch import Tensor
 
 
 class ConceptAccuracy(PerSample):

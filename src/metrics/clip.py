@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safelight.errors import SafelightError
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from safelight.errors import SafelightError
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safelight.errors import SafelightError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
+
+from safelight.errors import SafelightError
 
 Call = Callable[[], object]
 
@@ -88,7 +89,7 @@ class _LiveBytes(TorchDispatchMode):
     """Follows the storages that operators create inside the block and remembers the most bytes alive at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._known: set[int] = set()
@@ -138,8 +139,9 @@ def peak_activation_bytes(call: Call, device: str | torch.device = "cpu") -> int
         torch.cuda.reset_peak_memory_stats(device)
         call()
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    with _LiveBytes() as live:
+        return torch.cuda.max_memory_allocated(device) - before
+    live = _LiveBytes()
+    with live:
         call()
     return live.peak
 

@@ -6,11 +6,12 @@ import warnings
 from typing import Any, Literal, get_args
 
 import torch
-from safelight.errors import SafelightError
-from safelight.metrics.samples import distinct
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from safelight.errors import SafelightError
+from safelight.metrics.samples import distinct
 
 DistanceKind = Literal["fid", "kid", "cmmd"]
 # CMMD's bandwidth and scale (Jayasumana et al. 2024, section 4).

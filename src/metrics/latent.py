@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from safelight.errors import SafelightError
 from safelight.metrics.samples import PerSample
-from torch import Tensor
 
 
 class LatentError(PerSample):

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safelight.errors import SafelightError
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from safelight.errors import SafelightError
 
 
 def distinct(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from safelight.errors import SafelightError
-from safelight.metrics.samples import PerSample
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
+
+from safelight.errors import SafelightError
+from safelight.metrics.samples import PerSample
 
 _WINDOW = 11
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from safelight.errors import SafelightError
 from safelight.reporting.files import write_text
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
+
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def grid(
     for index, row in enumerate(rows):
         y0 = top + index * (cell + gap)
         if sides:
-            y = y0 + (cell - len(sides[index]) * line) / 2
+            y = y0 + (cell - len(sides[index]) * line) // 2
             for text in sides[index]:
                 draw.text((left - gap, y), text, fill=_INK, font=font, anchor="ra")
                 y += line

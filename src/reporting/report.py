@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
+
 from safelight.errors import SafelightError
 from safelight.reporting import charts, tables
 from safelight.reporting.claims import Claim, write_claims

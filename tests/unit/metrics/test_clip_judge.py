@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
+
 from safelight.errors import SafelightError
 from safelight.metrics.clip import ClipJudge, Preprocessing
-from torch.nn import functional as F
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from safelight.errors import SafelightError
 from safelight.metrics.cost import (
     cost_report,
@@ -12,8 +15,6 @@ from safelight.metrics.cost import (
     peak_activation_bytes,
     time_calls,
 )
-from torch import nn
-from torch.nn import functional as F
 
 
 def test_flops_of_a_linear_layer_are_2mnk() -> None:

@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from safelight.errors import SafelightError
 from safelight.metrics import FeatureDistance
 from safelight.metrics.distance import cmmd_distance, frechet_distance, kernel_distance
-from torch import Tensor, nn
 
 
 def _with_moments(mean: Tensor, scale: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from safelight.errors import SafelightError
 from safelight.metrics import SSIM, ConceptAccuracy, LatentError
 from safelight.metrics.samples import distinct

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from safelight.errors import SafelightError
 from torch import Tensor, nn
+
+from safelight.errors import SafelightError
 
 Family = Literal["flux", "sd3", "unet_sdxl", "unet_sd", "dit"]
 FAMILIES: tuple[Family, ...] = ("flux", "sd3", "unet_sdxl", "unet_sd", "dit")

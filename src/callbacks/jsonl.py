@@ -10,9 +10,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, TextIO
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 FILE_NAME = "metrics.jsonl"
 
@@ -41,7 +42,7 @@ class MetricsJsonl(Logger):
 
     @property
     def version(self) -> str:
-        """None: there is one file per run folder."""
+        """Empty: there is one file per run folder."""
         return ""
 
     @property

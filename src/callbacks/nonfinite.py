@@ -125,7 +125,7 @@ class StopOnNonFinite(Callback):
                 largest.append(torch.zeros((), device=device))
                 continue
             # Each rank looks at its own shard; the check brings the answers together.
-            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # type: ignore[no-untyped-call]
+            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
             if local.is_sparse:
                 local = local.coalesce().values()
             # The largest magnitude carries NaN and infinity and, unlike a sum, cannot overflow by itself.

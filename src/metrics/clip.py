@@ -6,13 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -105,9 +108,10 @@ class ClipJudge(nn.Module):
         self.batch_size = batch_size
         model = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True, local_files_only=True)
         self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        self.preprocess = Preprocessing.from_folder(path, model.config.vision_config.image_size)
-        self.max_length = model.config.text_config.max_position_embeddings
-        self.model: nn.Module = model.eval().requires_grad_(False).to(device)
+        config: Any = model.config
+        self.preprocess = Preprocessing.from_folder(path, config.vision_config.image_size)
+        self.max_length: int = config.text_config.max_position_embeddings
+        self.model: CLIPModel = model.eval().requires_grad_(False).to(device)
         self._texts: dict[str, Tensor] = {}
 
     @property

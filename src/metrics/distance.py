@@ -34,12 +34,14 @@ def frechet_distance(first: Tensor, second: Tensor) -> Tensor:
     cov_b = torch.cov(b.T).reshape(b.shape[1], -1)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     gap = (a.mean(0) - b.mean(0)).square().sum()
-    return (gap + root.square().sum() + cov_b.trace() - 2 * cross).clamp(min=0)
+    distance: Tensor = gap + root.square().sum() + cov_b.trace() - 2 * cross
+    return distance.clamp(min=0)
 
 
 def _root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> Tensor:

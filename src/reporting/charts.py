@@ -6,7 +6,7 @@ Colours are CSS variables of the page (:mod:`safelight.reporting.style`), so one
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 N_COLOURS = 6
@@ -180,7 +180,14 @@ def _axes(xs: list[tuple[float, str]], ys: list[tuple[float, str]], x_label: str
     return parts
 
 
-def _curve(name: str, points, index: int, sx, sy, x_label: str) -> str:  # type: ignore[no-untyped-def]
+def _curve(
+    name: str,
+    points: Sequence[tuple[float, float, float]],
+    index: int,
+    sx: Callable[[float], float],
+    sy: Callable[[float], float],
+    x_label: str,
+) -> str:
     colour = f"c{index % N_COLOURS}"
     dash = ' stroke-dasharray="7 4"' if index >= N_COLOURS else ""
     path, pen_down = [], False

@@ -88,9 +88,13 @@ def test_without_tensorboard_or_log_media_nothing_happens(tmp_path: Path) -> Non
 def test_untouched_restores_flags_and_every_random_stream_even_after_an_error() -> None:
     module = Painter()
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
-    with pytest.raises(RuntimeError), untouched(module):
+
+    def draw_and_fail() -> None:
         torch.rand(1), random.random(), np.random.rand()
         raise RuntimeError
+
+    with pytest.raises(RuntimeError), untouched(module):
+        draw_and_fail()
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert states[2] == np.random.get_state()[1].tolist()

@@ -1,0 +1,39 @@
+"""The methods, one folder each. ``from safelight.lightning_modules import EcoDiff`` imports just that method.
+
+Folders are discovered: a class is exported under its name when ``<folder>/module.py`` defines it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safelight.lightning_modules.autoencoder.module import Autoencoder as Autoencoder
+    from safelight.lightning_modules.base import SafelightModule as SafelightModule
+    from safelight.lightning_modules.clip.module import Clip as Clip
+    from safelight.lightning_modules.ecodiff.module import EcoDiff as EcoDiff
+    from safelight.lightning_modules.text_to_image.module import TextToImage as TextToImage
+
+
+@cache
+def _homes() -> dict[str, str]:
+    """Class name to the module that defines it, read from the sources without importing them."""
+    homes = {"SafelightModule": "base"}
+    for file in sorted(Path(__file__).parent.glob("*/module.py")):
+        for name in re.findall(r"^class (\w+)\(SafelightModule\)", file.read_text(encoding="utf-8"), re.MULTILINE):
+            homes[name] = f"{file.parent.name}.module"
+    return homes
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or name not in _homes():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_homes()[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_homes())

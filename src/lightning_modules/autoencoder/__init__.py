@@ -1,0 +1,1 @@
+"""Autoencoder: the latent space of the zoo's text-to-image models."""

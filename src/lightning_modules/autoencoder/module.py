@@ -1,0 +1,151 @@
+"""Train the KL autoencoder whose latents the zoo's text-to-image models work in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt
+from diffusers import AutoencoderKL
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F
+
+from safelight.lightning_modules.base import SafelightModule
+from safelight.lightning_modules.schedules import warmup_cosine
+
+
+def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring-pixel differences: keeps the edges of flat drawings sharp."""
+    across = (a - b).diff(dim=-1).abs().mean()
+    down = (a - b).diff(dim=-2).abs().mean()
+    return across + down
+
+
+@torch.no_grad()
+def whiten_latents(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Rescale the latent space in place so that each channel has mean 0 and variance 1, exactly.
+
+    The encoder's last convolution and the decoder's first take up the change, so pictures stay as they were, and
+    ``scaling_factor`` 1 and ``shift_factor`` 0 hold for every pipeline that uses this autoencoder.
+
+    Args:
+        autoencoder: a model without quantisation convolutions.
+        mean: channel means of the latents, (C,).
+        std: channel standard deviations of the latents, (C,).
+    """
+    out, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
+    channels = len(mean)
+    out.weight[:channels] /= std.view(-1, 1, 1, 1)
+    out.bias[:channels] = (out.bias[:channels] - mean) / std
+    # The second half of the channels are log-variances.
+    out.bias[channels:] -= 2 * std.log()
+    # The decoder pads with zeros, which now stand for the mean: a difference at the border only.
+    first.bias += (first.weight * mean.view(1, -1, 1, 1)).sum(dim=(1, 2, 3))
+    first.weight *= std.view(1, -1, 1, 1)
+
+
+class Autoencoder(SafelightModule):
+    """A diffusers ``AutoencoderKL`` trained on pictures with an absolute, a gradient and a KL term.
+
+    Batches: a dict with ``image`` (B, 3, H, W) in [-1, 1].
+
+    Args:
+        block_out_channels: width per resolution; each block after the first halves the edge.
+        latent_channels: channels of the latent.
+        lr: peak learning rate of AdamW, cosine decay to zero.
+        warmup_steps: optimiser steps of linear warm-up.
+        kl_weight: weight of the mean KL divergence per latent value against the mean absolute error per colour value.
+        edge_weight: weight of the gradient difference.
+    """
+
+    metric_names = ("psnr", "l1")
+    monitor = None
+
+    def __init__(
+        self,
+        *,
+        block_out_channels: tuple[int, ...] = (16, 32, 64),
+        latent_channels: Annotated[int, Ge(1)] = 8,
+        lr: Annotated[float, Gt(0)] = 2e-3,
+        warmup_steps: Annotated[int, Ge(0)] = 100,
+        kl_weight: Annotated[float, Ge(0)] = 1e-3,
+        edge_weight: Annotated[float, Ge(0)] = 0.5,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        levels = len(block_out_channels)
+        self.lr, self.warmup_steps, self.kl_weight, self.edge_weight = lr, warmup_steps, kl_weight, edge_weight
+        self.autoencoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(block_out_channels),
+            latent_channels=latent_channels,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+            sample_size=64,
+        )
+        self.autoencoder.to(memory_format=torch.channels_last)
+        # Running moments of the latents, for the whitening at export.
+        self.register_buffer("latent_mean", torch.zeros(latent_channels))
+        self.register_buffer("latent_square", torch.ones(latent_channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstructions of (B, 3, H, W) pictures through the latent means."""
+        return self.autoencoder.decode(self.autoencoder.encode(images).latent_dist.mode()).sample
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Absolute error + edges + KL."""
+        images = batch["image"].contiguous(memory_format=torch.channels_last)
+        posterior = self.autoencoder.encode(images).latent_dist
+        restored = self.autoencoder.decode(posterior.sample()).sample
+        absolute = F.l1_loss(restored, images)
+        edges = gradient_difference(restored, images)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        with torch.no_grad():
+            mean = posterior.mean.float()
+            self.latent_mean.lerp_(mean.mean(dim=(0, 2, 3)), 0.01)
+            self.latent_square.lerp_(mean.square().mean(dim=(0, 2, 3)), 0.01)
+        self.log_dict({"train/l1": absolute, "train/edges": edges, "train/kl": kl})
+        return absolute + self.edge_weight * edges + self.kl_weight * kl
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Reconstruction error on held-out pictures."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Reconstruction error on held-out pictures."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
+        images = batch["image"]
+        restored = self(images).float().clamp(-1, 1)
+        # Colours in [0, 1]: half of the difference in [-1, 1].
+        error = ((restored - images) / 2).square().mean(dim=(1, 2, 3))
+        psnr = (-10 * error.log10()).mean()
+        self.log_dict(
+            {f"{stage}/psnr": psnr, f"{stage}/l1": F.l1_loss(restored, images)}, batch_size=len(images), sync_dist=True
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with linear warm-up and cosine decay over the whole run."""
+        optimizer = torch.optim.AdamW(self.autoencoder.parameters(), lr=self.lr, weight_decay=1e-4)
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def export(self, folder: Path) -> Path:
+        """Write the autoencoder as a diffusers folder, its latents whitened."""
+        std = (self.latent_square - self.latent_mean.square()).clamp_min(1e-8).sqrt()
+        model = AutoencoderKL.from_config(self.autoencoder.config)
+        model.load_state_dict(self.autoencoder.state_dict())
+        whiten_latents(model.cpu(), self.latent_mean.cpu(), std.cpu())
+        model.save_pretrained(folder)
+        return folder

@@ -1,0 +1,107 @@
+"""The one base class of all methods: small checkpoints, frozen parts that stay frozen, declared metric names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from safelight.reporting import Report
+
+
+class SafelightModule(LightningModule):
+    """A ``LightningModule`` whose checkpoints hold only what it trains.
+
+    A subclass names its frozen sub-modules in ``frozen``: they never require gradients, stay in eval mode, and are
+    left out of ``state_dict``. Everything else about training stands in the subclass.
+
+    Attributes:
+        frozen: attribute names of sub-modules that are never trained or saved.
+        metric_names: names that ``test_step`` logs, without the ``test/`` prefix.
+        control_names: baselines evaluated beside the method; logged as ``test/<control>/<metric>``.
+        paper_numbers: the paper's figures by metric name, ``{"value": ..., "source": ...}``.
+        monitor: what ``best.ckpt`` is chosen by, or None to keep only the last.
+        monitor_mode: whether a smaller or a larger monitored value is better.
+    """
+
+    frozen: ClassVar[tuple[str, ...]] = ()
+    metric_names: ClassVar[tuple[str, ...]] = ()
+    control_names: ClassVar[tuple[str, ...]] = ()
+    paper_numbers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    monitor: ClassVar[str | None] = None
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False
+
+    def frozen_modules(self) -> Iterator[nn.Module]:
+        """The sub-modules named in ``frozen`` that exist already."""
+        for name in self.frozen:
+            module = getattr(self, name, None)
+            if isinstance(module, nn.Module):
+                yield module
+
+    def freeze(self) -> None:
+        """Put the frozen parts in eval mode and stop their gradients; call when they have been built."""
+        for module in self.frozen_modules():
+            module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SafelightModule:
+        """Switch the trained parts only: dropout in a frozen network would be noise that nobody asked for."""
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """State of the trained parts; the frozen ones are rebuilt from where they came from."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        hidden = tuple(f"{prefix}{name}." for name in self.frozen)
+        return {key: value for key, value in state.items() if not key.startswith(hidden)} if hidden else state
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load the trained parts; anything missing or left over beyond the frozen parts is an error.
+
+        Raises:
+            SafelightError: a trained tensor is missing, or the state holds a tensor this module does not know.
+        """
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        hidden = tuple(f"{name}." for name in self.frozen)
+        missing = [key for key in result.missing_keys if not (hidden and key.startswith(hidden))]
+        if missing or result.unexpected_keys:
+            raise SafelightError(
+                f"the checkpoint does not fit this {type(self).__name__}: "
+                f"missing {missing[:3] or 'nothing'}, unknown {result.unexpected_keys[:3] or 'nothing'}; "
+                "was it trained with another backbone or other units?"
+            )
+        return result
+
+    def export(self, folder: Path) -> Path:
+        """Write what was trained in a format that other libraries open.
+
+        Args:
+            folder: an existing, empty folder.
+
+        Returns:
+            The artefact: ``folder`` or something inside it.
+        """
+        raise SafelightError(f"{type(self).__name__} has nothing to export")
+
+    def fill_report(self, report: Report) -> None:
+        """Add this method's tables, pictures and curves to the report of a run."""
+
+    def summary_table(self) -> list[dict[str, Any]] | None:
+        """Rows of the table printed at the end of a run, the method beside its controls; None for no table."""
+        return None
+
+    def full_size_command(self) -> str | None:
+        """The command that does the same at full size, for the last line of a run; None if there is none."""
+        return None

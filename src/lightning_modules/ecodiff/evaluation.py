@@ -1,0 +1,105 @@
+"""Measure pruned models against the dense one, on prompts and noises that training never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safelight.generators import Conditioning, Generator
+from safelight.metrics import SSIM, ClipJudge, ConceptAccuracy, LatentError
+from safelight.metrics.cost import cost_report
+
+PICTURES = 8
+"""Samples whose pictures are kept for the report."""
+
+
+@dataclass
+class HeldOutBatch:
+    """Samples with what the dense model makes of them.
+
+    Attributes:
+        prompts: B texts.
+        index: number of each sample in its data set, (B,).
+        concept: what each picture should show, as a place in the list of concepts, (B,).
+        noise: initial latents, (B, ...).
+        cond: conditioning with B rows.
+        dense: dense final latents, (B, ...).
+        pictures: decoded dense latents in [0, 1], (B, 3, H, W); None without a decoder.
+    """
+
+    prompts: list[str]
+    index: Tensor
+    concept: Tensor
+    noise: Tensor
+    cond: Conditioning
+    dense: Tensor
+    pictures: Tensor | None
+
+
+@dataclass
+class Measured:
+    """Metrics of one model, and a few of its pictures."""
+
+    metrics: dict[str, float]
+    pictures: list[Tensor] = field(default_factory=list)
+
+
+def recognise(judge: ClipJudge, pictures: Tensor, concepts: Sequence[str]) -> Tensor:
+    """Which concept the judge sees in each picture, (B,), told only "a <concept>"."""
+    return judge.classify(pictures, [f"a {concept}" for concept in concepts])
+
+
+@torch.no_grad()
+def measure(
+    generator: Generator, batches: Sequence[HeldOutBatch], judge: ClipJudge | None, concepts: Sequence[str]
+) -> Measured:
+    """Fidelity to the dense model and recognition of the pictures, over all processes.
+
+    Returns:
+        ``latent_mse_median``, ``latent_mse_mean`` (squared latent units); with a decoder ``ssim``; with a judge
+        ``clip_accuracy`` and, the dense model on the same samples, ``clip_accuracy_dense``.
+    """
+    device = generator.device
+    error, ssim = LatentError().to(device), SSIM().to(device)
+    accuracy, accuracy_dense = ConceptAccuracy().to(device), ConceptAccuracy().to(device)
+    kept: list[Tensor] = []
+    for batch in batches:
+        latent = generator.rollout(batch.noise, batch.cond)
+        index = batch.index.to(device)
+        error.update(latent, batch.dense, index)
+        if batch.pictures is None:
+            continue
+        pictures = generator.decode(latent)
+        ssim.update(pictures, batch.pictures, index)
+        kept += list(pictures[: PICTURES - len(kept)].cpu()) if len(kept) < PICTURES else []
+        if judge is not None:
+            concept = batch.concept.to(device)
+            accuracy.update(recognise(judge, pictures, concepts).to(device), concept, index)
+            accuracy_dense.update(recognise(judge, batch.pictures, concepts).to(device), concept, index)
+    errors = error.compute()
+    metrics = {"latent_mse_median": float(errors["median"]), "latent_mse_mean": float(errors["mean"])}
+    if batches and batches[0].pictures is not None:
+        metrics["ssim"] = float(ssim.compute())
+        if judge is not None:
+            metrics["clip_accuracy"] = float(accuracy.compute())
+            metrics["clip_accuracy_dense"] = float(accuracy_dense.compute())
+    return Measured(metrics, kept)
+
+
+@torch.no_grad()
+def compare_cost(
+    dense: Generator, pruned: Generator, batch: HeldOutBatch, prunable: dict[str, tuple[int, int]], rows: int = 4
+) -> dict[str, Any]:
+    """Parameters, FLOPs, latency and memory of one denoiser call, dense next to pruned."""
+    noise, cond = batch.noise[:rows], {key: value[:rows] for key, value in batch.cond.items()}
+    return cost_report(
+        lambda: dense.predict(noise, 0, cond),
+        lambda: pruned.predict(noise, 0, cond),
+        dense.denoiser,
+        pruned.denoiser,
+        prunable=prunable,
+    )

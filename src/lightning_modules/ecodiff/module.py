@@ -1,0 +1,393 @@
+"""EcoDiff as a LightningModule: what is trained, on what loss, tested against which controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from safelight.errors import SafelightError
+from safelight.generators import Generator, load_generator
+from safelight.lightning_modules.base import SafelightModule
+from safelight.lightning_modules.ecodiff.evaluation import HeldOutBatch, Measured, compare_cost, measure
+from safelight.lightning_modules.ecodiff.objective import SparsityTarget, final_latent_loss, per_step_loss
+from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, prune
+from safelight.lightning_modules.ecodiff.targets import DenseTargets
+from safelight.lightning_modules.randomness import step_seed
+from safelight.masking import (
+    MaskBank,
+    find_units,
+    harden,
+    kept_fraction,
+    prunable_params,
+    removed_params,
+    save_masks,
+)
+from safelight.metrics import ClipJudge
+
+_COMMON = ("keep_params", "latent_mse_median", "latent_mse_mean", "ssim", "clip_accuracy", "clip_accuracy_dense")
+
+
+class EcoDiff(SafelightModule):
+    """Learn which attention heads and neurons of a text-to-image model can go, then remove them for good.
+
+    One logit per unit is trained, through all sampling steps, so that the masked model ends at the latent where the
+    frozen dense model ended (arXiv 2412.02852, "Learnable Sparsity for Vision Generative Models").
+
+    Batches: a dict with ``prompt`` (B texts) and ``seed`` (B integers, of the initial noise). For testing also
+    ``index`` (B,), the sample's number, and ``concept`` (B words), what the picture should show.
+
+    Args:
+        backbone: shipped backbone name, pipeline folder, hub id, the mapping of a ``configs/backbone`` file, or a
+            ``Generator``.
+        keep: share of the prunable parameters that stays; the result meets it to within one unit.
+        kinds: which units may go: ``head``, ``neuron``, ``modulation`` (AdaLN outputs; the authors' FLUX runs).
+        pattern: regular expression a layer's path must match; None for all layers.
+        head_lr: AdamW learning rate of the heads' logits (paper: .1 SDXL, .5 FLUX).
+        neuron_lr: of the neurons' logits (paper: .1).
+        modulation_lr: of the modulation outputs' logits (paper: .5 FLUX).
+        init: initial logit (paper: 3). It must lie inside the active zone of the gates, below ``saturation_logit``.
+        delta: softener of the gate's noise (paper: .1 FLUX, .5 SDXL).
+        beta: weight of the regulariser; the paper's hand-tuned way to sparsity.
+        regulariser: ``l0`` (final paper), ``l1`` (as the authors shipped it), ``l1_sigmoid`` (their FLUX configs), ``l2``.
+        price: what the regulariser, the target and the ranking count: ``params``, ``flops`` or ``units`` (paper).
+        target_strength: strength of the augmented Lagrangian that steers the expected kept share to ``keep``; 0 leaves
+            sparsity to ``beta`` alone.
+        target_anneal: share of training in which that target moves from 1 to ``keep``.
+        scope: rank units over the whole network (``global``) or within each layer (``local``).
+        min_per_layer: units that every layer keeps.
+        round_to: neurons are kept in multiples of this, for tensor cores.
+        objective: ``final`` compares final latents (the method), ``per_step`` each step's prediction (its ablation).
+        distance: ``l2`` (paper) or ``l1``.
+        grad_mode: ``checkpoint``, ``manual`` or ``full``; same gradient, see ``objective.final_latent_loss``.
+        weight_decay: AdamW weight decay on the logits. The reference has .01, which pulls every logit to 0; ours is 0.
+        correction: correct the consuming layers by least squares after removal (beyond the paper; 0 in ``parity``).
+        correction_samples: calibration samples it sees.
+        correction_ridge: its pull towards the old weights.
+        random_masks: random masks averaged for the control.
+        targets_folder: where dense latents are kept between runs; None for memory only.
+        judge: CLIP folder or ``zoo:`` name that names the pictures; None for no recognition metric.
+        seed: gates are a function of (seed, step), the same on all ranks.
+    """
+
+    frozen = ("denoiser", "vae")
+    metric_names = (*_COMMON, "flops_ratio", "latency_ratio")
+    control_names = ("random", "magnitude", "one_shot")
+    paper_numbers = {
+        "keep_params": {"value": 0.781, "source": "SDXL, released masks: 2.089 of 2.567 B, 78.1 % of the prunable part"}
+    }
+
+    def __init__(
+        self,
+        *,
+        backbone: str | dict[str, Any] | Generator = "tiny_flux",
+        keep: Annotated[float, Interval(gt=0, le=1)] = 0.8,
+        kinds: list[Literal["head", "neuron", "modulation"]] | tuple[str, ...] = ("head", "neuron"),
+        pattern: str | None = None,
+        head_lr: Annotated[float, Ge(0)] = 0.1,
+        neuron_lr: Annotated[float, Ge(0)] = 0.1,
+        modulation_lr: Annotated[float, Ge(0)] = 0.1,
+        init: float = 3.0,
+        delta: Annotated[float, Gt(0)] = 0.1,
+        beta: Annotated[float, Ge(0)] = 0.0,
+        regulariser: Literal["l0", "l1", "l1_sigmoid", "l2"] = "l0",
+        price: Literal["units", "params", "flops"] = "params",
+        target_strength: Annotated[float, Ge(0)] = 1.0,
+        target_anneal: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+        scope: Literal["global", "local"] = "global",
+        min_per_layer: Annotated[int, Ge(0)] = 0,
+        round_to: Annotated[int, Ge(1)] = 1,
+        objective: Literal["final", "per_step"] = "final",
+        distance: Literal["l2", "l1"] = "l2",
+        grad_mode: Literal["checkpoint", "manual", "full"] = "checkpoint",
+        weight_decay: Annotated[float, Ge(0)] = 0.0,
+        correction: bool = True,
+        correction_samples: Annotated[int, Ge(1)] = 64,
+        correction_ridge: Annotated[float, Gt(0)] = 1e-2,
+        random_masks: Annotated[int, Ge(1)] = 3,
+        targets_folder: str | None = None,
+        judge: str | None = "zoo:tiny_clip",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Generator) else [])
+        self.generator = load_generator(backbone)
+        self.denoiser = self.generator.denoiser
+        self.vae = getattr(self.generator.pipeline, "vae", None)
+        self.specs = find_units(self.denoiser, kinds, pattern)
+        self.bank = MaskBank(self.specs, init=init, delta=delta)
+        self.target = SparsityTarget(keep, target_strength, target_anneal)
+        self.freeze()
+        self.targets = DenseTargets(self.generator, targets_folder)
+        # What the correction is computed from; travels in the checkpoint so that eval.py repeats the numbers.
+        self.calibration_pairs: list[tuple[str, int]] = []
+        self.history: list[tuple[int, Tensor, Tensor]] = []
+        self._held_out: list[HeldOutBatch] = []
+        self.measured: dict[str, Measured] = {}
+        self.cost: dict[str, Any] = {}
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Put the gates into the denoiser."""
+        self.bank.attach(self.denoiser)
+
+    def on_fit_end(self) -> None:
+        """Leave the denoiser dense."""
+        self.bank.detach()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave the denoiser dense also when training breaks."""
+        self.bank.detach()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Reconstruction of the dense result + sparsity."""
+        prompts, seeds = check_batch(batch)
+        noise, cond, target = self._samples(prompts, seeds)
+        self.bank.sample(step_seed(self.hparams.seed, self.trainer.global_step))
+        if self.hparams.objective == "final":
+            loss = final_latent_loss(
+                self.generator, self.bank, noise, cond, target, self.hparams.grad_mode, self.hparams.distance
+            )
+        else:
+            loss = per_step_loss(self.generator, self.bank, noise, cond, self.hparams.distance)
+        kept = self.expected_keep()
+        sparsity = self.hparams.beta * self.bank.regulariser(self.hparams.regulariser, self.hparams.price)
+        if self.hparams.target_strength > 0:
+            sparsity = sparsity + self.target.penalty(kept, self.progress())
+        self.log_dict(
+            {"train/reconstruction": loss, "train/sparsity": sparsity, "train/expected_keep": kept},
+            batch_size=len(noise),
+        )
+        self.log("train/loss", loss + sparsity, prog_bar=True, batch_size=len(noise))
+        self.history.append((self.trainer.global_step, loss.detach(), kept.detach()))
+        return loss + sparsity
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the multiplier of the sparsity target once per optimisation step."""
+        if self.hparams.target_strength > 0 and self.trainer.training:
+            self.target.update(self.expected_keep(), self.progress())
+
+    def expected_keep(self) -> Tensor:
+        """Expected share of the price whose gates are more open than shut; differentiable."""
+        return self.bank.expected_keep(self.hparams.price, above=0.5)
+
+    def progress(self) -> float:
+        """Share of the optimisation steps that is done, 0 to 1."""
+        return self.trainer.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
+
+    def _samples(self, prompts: list[str], seeds: list[int]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Noise, conditioning and dense final latents of (prompt, seed) pairs."""
+        cond = self.targets.conditioning(prompts)
+        noise = self.generator.noise(seeds)
+
+        def dense(rows: list[int]) -> Tensor:
+            self.bank.set_gates(None)
+            with torch.no_grad():
+                return self.generator.rollout(noise[rows], {key: value[rows] for key, value in cond.items()})
+
+        target = self.targets.latents(prompts, seeds, dense)
+        known = set(self.calibration_pairs)
+        for pair in zip(prompts, seeds, strict=True):
+            if len(self.calibration_pairs) < self.hparams.correction_samples and pair not in known:
+                self.calibration_pairs.append(pair)
+                known.add(pair)
+        return noise, cond, target
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with one learning rate per kind of unit, constant."""
+        rates = {kind: float(self.hparams[f"{kind}_lr"]) for kind in ("head", "neuron", "modulation")}
+        groups = [{"params": p, "lr": rates[kind], "name": kind} for kind, p in self.bank.parameters_by_kind().items()]
+        return torch.optim.AdamW(groups, lr=self.hparams.neuron_lr, weight_decay=self.hparams.weight_decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the calibration samples."""
+        checkpoint["calibration_pairs"] = [list(pair) for pair in self.calibration_pairs]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the calibration samples back."""
+        self.calibration_pairs = [(prompt, seed) for prompt, seed in checkpoint["calibration_pairs"]]
+
+    # -- testing -----------------------------------------------------------------------------------------------------
+
+    def masks(self) -> dict[str, Tensor]:
+        """The learned binary masks at exactly ``keep``."""
+        return self._harden(self.bank.scores())
+
+    def _harden(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        return harden(
+            scores,
+            self.specs,
+            keep=self.hparams.keep,
+            scope=self.hparams.scope,
+            price=self.hparams.price,
+            min_per_layer=self.hparams.min_per_layer,
+            round_to=self.hparams.round_to,
+        )
+
+    def calibration(self) -> Calibration:
+        """The samples that the correction and the one-shot control are computed from.
+
+        Raises:
+            SafelightError: there are none, because the module was never trained.
+        """
+        pairs = self.trainer.strategy.broadcast(self.calibration_pairs) if self._trainer else self.calibration_pairs
+        if not pairs:
+            raise SafelightError("correction: no calibration samples; train first, or set correction=False")
+        prompts, seeds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return Calibration(self.generator.noise(seeds), self.targets.conditioning(prompts))
+
+    def pruned(self) -> Generator:
+        """The generator without the learned units, corrected if asked for."""
+        calibration = self.calibration() if self.hparams.correction else None
+        return prune(self.generator, self.masks(), calibration, self.hparams.correction_ridge)
+
+    def on_test_start(self) -> None:
+        """Forget what an earlier test collected."""
+        self._held_out, self.measured, self.cost = [], {}, {}
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Let the dense model draw the held-out samples; the pruned ones follow at the end, one model at a time."""
+        prompts, seeds = check_batch(batch)
+        concepts = self._concepts()
+        words = list(batch.get("concept", prompts))
+        cond, noise = self.targets.conditioning(prompts), self.generator.noise(seeds)
+        dense = self.generator.rollout(noise, cond)
+        self._held_out.append(
+            HeldOutBatch(
+                prompts=prompts,
+                index=torch.as_tensor(batch.get("index", torch.tensor(seeds))),
+                concept=torch.tensor([concepts.index(word) for word in words]),
+                noise=noise,
+                cond=cond,
+                dense=dense,
+                pictures=self.generator.decode(dense) if self.vae is not None else None,
+            )
+        )
+
+    def _concepts(self) -> list[str]:
+        """What the judge chooses between: the data module's concepts, else those of the test samples."""
+        data = getattr(self.trainer, "datamodule", None)
+        known = getattr(data, "concepts", None)
+        if known is None:
+            loaders = self.trainer.test_dataloaders
+            known = {sample.get("concept", sample["prompt"]) for sample in loaders.dataset}
+        return sorted(known)
+
+    def on_test_epoch_end(self) -> None:
+        """Measure the learned mask and the controls in one harness."""
+        judge = ClipJudge(self.hparams.judge).to(self.device) if self.hparams.judge and self.vae is not None else None
+        concepts = self._concepts()
+        ours = self.pruned()
+        self._log_variant("", self.masks(), ours, judge, concepts)
+        calibration = self.calibration()
+        for name in self.control_names:
+            draws = self.hparams.random_masks if name == "random" else 1
+            for draw in range(draws):
+                seed = step_seed(self.hparams.seed, draw)
+                masks = self._harden(baseline_scores(name, self.generator, self.specs, calibration, seed))
+                # Only the one-shot method includes the correction; the paper's controls are plain masks.
+                corrected = calibration if name == "one_shot" else None
+                smaller = prune(self.generator, masks, corrected, self.hparams.correction_ridge)
+                self._log_variant(name, masks, smaller, judge, concepts, share=1 / draws)
+
+    def _log_variant(
+        self,
+        name: str,
+        masks: dict[str, Tensor],
+        smaller: Generator,
+        judge: ClipJudge | None,
+        concepts: list[str],
+        share: float = 1.0,
+    ) -> None:
+        """Measure one pruned model and log it; several draws of a control are averaged by their shares."""
+        result = measure(smaller, self._held_out, judge, concepts)
+        total = prunable_params(self.specs)
+        result.metrics["keep_params"] = 1 - removed_params(masks, self.specs) / total
+        prunable: dict[str, tuple[int, int]] = {}
+        for kind in dict.fromkeys(spec.kind for spec in self.specs):
+            specs = [spec for spec in self.specs if spec.kind == kind]
+            own = {spec.name: masks[spec.name] for spec in specs}
+            whole = prunable_params(specs)
+            prunable[kind] = (whole, round(kept_fraction(own, specs, "params") * whole))
+        cost = compare_cost(self.generator, smaller, self._held_out[0], prunable)
+        result.metrics["flops_ratio"] = cost["ratio"]["flops"]
+        result.metrics["latency_ratio"] = cost["ratio"]["latency"]
+        prefix = f"test/{name}/" if name else "test/"
+        before = self.measured.get(name)
+        metrics = {key: value * share for key, value in result.metrics.items()}
+        if before is not None:
+            metrics = {key: value + before.metrics[key] for key, value in metrics.items()}
+            result.pictures = before.pictures
+        self.measured[name] = Measured(metrics, result.pictures)
+        if not name:
+            self.cost = cost
+        self.log_dict({prefix + key: value for key, value in metrics.items()}, sync_dist=False)
+
+    # -- what is left behind -----------------------------------------------------------------------------------------
+
+    def export(self, folder: Path) -> Path:
+        """Write the pruned pipeline as a diffusers folder, and the masks beside it."""
+        from safelight.lightning_modules.ecodiff.report import write_card
+
+        smaller = self.pruned()
+        if smaller.pipeline is not None:
+            smaller.save(folder, denoiser=smaller.denoiser)
+        else:
+            from safelight.masking import save_pruned
+
+            save_pruned(smaller.denoiser, folder)
+        meta = {"method": "ecodiff", "backbone": self.generator.name, "keep": self.hparams.keep}
+        save_masks(folder / "masks", self.masks(), self.specs, meta)
+        save_masks(folder / "logits", self.bank.scores(), self.specs, meta)
+        write_card(self, folder)
+        return folder
+
+    def fill_report(self, report: Any) -> None:
+        """Pictures before and after, the table against the controls, kept units and training curves."""
+        from safelight.lightning_modules.ecodiff.report import fill
+
+        fill(self, report)
+
+    def summary_table(self) -> list[dict[str, Any]] | None:
+        """Dense, pruned and controls, one row each."""
+        from safelight.lightning_modules.ecodiff.report import table
+
+        return table(self)
+
+    def full_size_command(self) -> str | None:
+        """The same on FLUX.1-schnell, eight devices."""
+        return "python train.py method=ecodiff backbone=flux_schnell trainer=ddp trainer.devices=8"
+
+    def log_media(self, writer: Any, step: int) -> None:
+        """Pictures of the dense and the currently masked model from the same noise, for TensorBoard."""
+        if self.vae is None or not self.calibration_pairs:
+            return
+        pairs = self.calibration_pairs[:4]
+        noise, cond = self.generator.noise([s for _, s in pairs]), self.targets.conditioning([p for p, _ in pairs])
+        before = dict(self.bank.current)
+        self.bank.set_gates(None)
+        dense = self.generator.decode(self.generator.rollout(noise, cond))
+        self.bank.set_gates(self.masks())
+        masked = self.generator.decode(self.generator.rollout(noise, cond))
+        self.bank.set_gates(before)
+        writer.add_images("dense above, hardened below", torch.cat([dense, masked]).clamp(0, 1), step)
+
+
+def check_batch(batch: Any) -> tuple[list[str], list[int]]:
+    """Prompts and noise seeds of a batch.
+
+    Raises:
+        SafelightError: the batch is not a dict with ``prompt`` and ``seed`` of one length.
+    """
+    if not isinstance(batch, dict) or "prompt" not in batch or "seed" not in batch:
+        found = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise SafelightError(f"batch: expected a dict with 'prompt' (B texts) and 'seed' (B integers), got {found}")
+    prompts, seeds = list(batch["prompt"]), [int(seed) for seed in batch["seed"]]
+    if len(prompts) != len(seeds):
+        raise SafelightError(f"batch: {len(prompts)} prompts but {len(seeds)} seeds")
+    return prompts, seeds

@@ -1,0 +1,90 @@
+"""What the dense model says, computed once: conditioning of every prompt and final latent of every (prompt, seed)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safelight.generators import Conditioning, Generator
+
+
+class DenseTargets:
+    """Cache of conditioning and dense final latents, in memory and, if a folder is given, on disk.
+
+    A file's name is a hash of everything the latent depends on (model, sampler, steps, guidance, size, prompt, seed),
+    so changed settings never meet a stale target.
+
+    Args:
+        generator: the dense generator.
+        folder: where to keep latents between runs; None for memory only.
+    """
+
+    def __init__(self, generator: Generator, folder: str | Path | None = None) -> None:
+        self.generator = generator
+        self.folder = Path(folder) if folder is not None else None
+        self._cond: dict[str, Conditioning] = {}
+        self._latents: dict[tuple[str, int], Tensor] = {}
+        self._base = json.dumps(
+            {
+                "settings": generator.settings,
+                "source": str(generator.source),
+                "scheduler": {key: repr(value) for key, value in sorted(generator.scheduler.config.items())}
+                if generator.scheduler is not None
+                else None,
+                "timesteps": generator.timesteps.tolist(),
+                "dtype": str(generator.dtype),
+            },
+            sort_keys=True,
+            default=str,
+        )
+
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning rows of the prompts on the denoiser's device; each distinct prompt is encoded once."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cond]
+        if new:
+            encoded = self.generator.encode(new)
+            for row, prompt in enumerate(new):
+                self._cond[prompt] = {key: value[row : row + 1].cpu() for key, value in encoded.items()}
+        device = self.generator.device
+        keys = self._cond[prompts[0]].keys()
+        return {key: torch.cat([self._cond[prompt][key] for prompt in prompts]).to(device) for key in keys}
+
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int], rollout: Callable[[list[int]], Tensor]) -> Tensor:
+        """Dense final latents of the pairs.
+
+        Args:
+            prompts: B texts.
+            seeds: B integers.
+            rollout: called with the rows that are not cached; returns their final latents.
+        """
+        pairs = list(zip(prompts, seeds, strict=True))
+        for pair in pairs:
+            if pair not in self._latents and self.folder is not None and (file := self._file(pair)).is_file():
+                self._latents[pair] = load_file(file)["latent"]
+        missing = [row for row, pair in enumerate(pairs) if pair not in self._latents]
+        if missing:
+            for row, latent in zip(missing, rollout(missing).cpu(), strict=True):
+                self._latents[pairs[row]] = latent.clone()
+                if self.folder is not None:
+                    self._write(pairs[row], latent)
+        return torch.stack([self._latents[pair] for pair in pairs]).to(self.generator.device)
+
+    def _file(self, pair: tuple[str, int]) -> Path:
+        assert self.folder is not None
+        digest = hashlib.sha256(f"{self._base}\n{pair[1]}\n{pair[0]}".encode()).hexdigest()
+        return self.folder / f"{digest[:32]}.safetensors"
+
+    def _write(self, pair: tuple[str, int], latent: Tensor) -> None:
+        file = self._file(pair)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed, so that a kill leaves no half file under the final name.
+        aside = file.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"latent": latent.contiguous()}, aside)
+        aside.replace(file)

@@ -1,0 +1,164 @@
+"""Train a text-to-image pipeline: rectified flow for FLUX-like transformers, noise prediction for U-Nets."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from safelight.errors import SafelightError
+from safelight.generators import Conditioning, Generator, load_generator
+from safelight.lightning_modules.base import SafelightModule
+from safelight.lightning_modules.randomness import step_generator
+from safelight.lightning_modules.schedules import warmup_cosine
+from safelight.lightning_modules.text_to_image.losses import denoising_loss, diffuse, flow_interpolate, logit_normal
+
+
+class TextToImage(SafelightModule):
+    """Denoiser and text encoders of a diffusers pipeline trained together; its autoencoder stays frozen.
+
+    The pictures' latents are computed once per sample index and kept, so data must not be augmented.
+
+    Batches: a dict with ``image`` (B, 3, H, W) in [-1, 1], ``caption`` (B texts), ``index`` (B,) naming each picture,
+    and for testing ``thing`` (B words that the judge chooses between).
+
+    Args:
+        backbone: shipped backbone name, pipeline folder, hub id, or the mapping of a ``configs/backbone`` file.
+        reset: start from freshly initialised denoiser and text encoders of the same architecture.
+        lr: peak learning rate of AdamW, cosine decay to zero.
+        warmup_steps: optimiser steps of linear warm-up.
+        weight_decay: AdamW weight decay.
+        ema_decay: decay per step of the running average of the weights, which is what is tested and exported.
+        empty_caption: share of samples trained on the empty caption, for classifier-free guidance (arXiv 2207.12598).
+        sigma_mean: mean of the logit of the noise level (flow models); above 0 prefers noisy inputs, which few-step
+            sampling depends on most.
+        sigma_std: standard deviation of that logit.
+        judge: CLIP folder or ``zoo:`` name that names the generated pictures.
+        seed: noise, noise levels and caption dropout are functions of (seed, step, rank).
+    """
+
+    frozen = ("vae",)
+    metric_names = ("clip_accuracy_trained", "clip_accuracy_held_out")
+    control_names = ("shuffled_captions",)
+
+    def __init__(
+        self,
+        *,
+        backbone: str | dict[str, Any] | Generator = "tiny_flux",
+        reset: bool = False,
+        lr: Annotated[float, Gt(0)] = 2e-3,
+        warmup_steps: Annotated[int, Ge(0)] = 200,
+        weight_decay: Annotated[float, Ge(0)] = 0.0,
+        ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.999,
+        empty_caption: Annotated[float, Interval(ge=0, le=1)] = 0.1,
+        sigma_mean: float = 0.5,
+        sigma_std: Annotated[float, Gt(0)] = 1.2,
+        judge: str = "zoo:tiny_clip",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Generator) else [])
+        self.lr, self.warmup_steps, self.weight_decay, self.ema_decay = lr, warmup_steps, weight_decay, ema_decay
+        self.empty_caption, self.sigma_mean, self.sigma_std = empty_caption, sigma_mean, sigma_std
+        self.judge, self.seed = judge, seed
+        self.generator = load_generator(backbone)
+        if self.generator.pipeline is None:
+            raise SafelightError("backbone: text_to_image needs a whole pipeline, this is a bare denoiser")
+        pipeline = self.generator.pipeline
+        encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+        self.trained = nn.ModuleDict({"denoiser": self.generator.denoiser, **{k: v for k, v in encoders.items() if v}})
+        if reset:
+            self._reset()
+        self.trained.requires_grad_(True).train()
+        self.ema = copy.deepcopy(self.trained).requires_grad_(False).eval()
+        self.vae = pipeline.vae
+        self.freeze()
+        self._latents: dict[int, Tensor] = {}
+
+    def _reset(self) -> None:
+        """Replace the weights by those of freshly built networks of the same configuration."""
+        for module in self.trained.values():
+            config = module.config
+            fresh = type(module).from_config(config) if hasattr(type(module), "from_config") else type(module)(config)
+            module.load_state_dict(fresh.state_dict())
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def condition(self, captions: list[str]) -> Conditioning:
+        """Conditioning with gradients into the text encoders; the generator's own ``encode`` has none."""
+        generator, pipeline = self.generator, self.generator.pipeline
+        if generator.family == "flux":
+            embeds, pooled, _ = pipeline.encode_prompt(
+                prompt=captions, prompt_2=None, device=self.device, max_sequence_length=generator.max_sequence_length
+            )
+            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if pipeline.config.get("force_zeros_for_empty_prompt"):
+            named = torch.tensor([bool(caption) for caption in captions], device=self.device)
+            embeds, pooled = embeds * named.view(-1, 1, 1), pooled * named.view(-1, 1)
+        size = [generator.height, generator.width]
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device)
+        return {
+            "prompt_embeds": embeds,
+            "pooled_prompt_embeds": pooled,
+            "time_ids": time_ids.expand(len(captions), -1),
+        }
+
+    @torch.no_grad()
+    def latents(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Latents of the pictures in the denoiser's layout, computed on first sight of an index."""
+        names = indices.tolist()
+        new = [row for row, name in enumerate(names) if name not in self._latents]
+        if new:
+            config = self.vae.config
+            mean = self.vae.encode(images[new].to(self.vae.dtype)).latent_dist.mode()
+            fresh = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+            for row, latent in zip(new, self.generator._pack(fresh).float().cpu(), strict=True):
+                self._latents[names[row]] = latent
+        return torch.stack([self._latents[name] for name in names]).to(self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Denoising loss at random noise levels."""
+        clean = self.latents(batch["image"], batch["index"])
+        rows = len(clean)
+        random = step_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
+        noise = torch.randn(clean.shape, generator=random).to(clean)
+        keep = (torch.rand(rows, generator=random) >= self.empty_caption).tolist()
+        cond = self.condition([caption if kept else "" for caption, kept in zip(batch["caption"], keep, strict=True)])
+        if self.generator.family == "unet":
+            scheduler = self.generator.scheduler
+            steps = torch.randint(0, scheduler.config.num_train_timesteps, (rows,), generator=random)
+            noisy = diffuse(clean, noise, scheduler.alphas_cumprod[steps].to(clean))
+            timestep, target = steps.to(clean), noise
+        else:
+            sigma = logit_normal(rows, self.sigma_mean, self.sigma_std, random).to(clean)
+            noisy, target = flow_interpolate(clean, noise, sigma)
+            timestep = sigma * 1000
+        loss = denoising_loss(self.generator.denoise(noisy, timestep, cond), target)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the average of the weights; quickly at first, so that the random start is forgotten."""
+        step = self.trainer.global_step
+        decay = min(self.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.trained.parameters()), 1 - decay)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with linear warm-up and cosine decay over the whole run."""
+        optimizer = torch.optim.AdamW(
+            self.trained.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.99)
+        )
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -102,15 +102,6 @@ class StopCleanly(Callback):
         self._waits = False
         self._previous: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals for the time of training."""
-        self._received = None
-        # With several ranks all must stop at the same place, so there a signal always waits for the end of a batch.
-        self._always_waits = trainer.world_size > 1
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         second = self._received is not None
         self._received = number
@@ -118,8 +109,18 @@ class StopCleanly(Callback):
             raise StopRequest(number)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on a signal waits for the end of a step."""
+        """Take over the signals for the time of training; from here on they wait for the end of a step.
+
+        Not earlier: Lightning installs a handler of its own before this hook, which starts a collective operation from
+        inside the signal and so can lock up with the gradients' reduction.
+        """
+        self._received = None
         self._waits = True
+        # With several ranks all must stop at the same place, so there a signal waits during validation too.
+        self._always_waits = trainer.world_size > 1
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation has nothing to save: a signal stops it at once."""
@@ -143,15 +144,11 @@ class StopCleanly(Callback):
         raise StopRequest(self._received or signal.SIGTERM, trainer.global_step if self.checkpoints else None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training is over; a signal stops what follows at once."""
-        self._waits = False
+        """Give the signals back: what follows has nothing to save."""
+        self._give_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the signals back when training ends badly."""
-        self._give_back()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
         self._give_back()
 
     def _give_back(self) -> None:

@@ -134,7 +134,7 @@ def explain(composed: Composed, problems: Sequence[Problem]) -> list[Problem]:
             default = _lookup(composed.defaults, problem.where)
             good = default if not isinstance(default, dict | list) and default not in (None, "???") else None
             fix = "" if good is None else f"{problem.where}={_as_typed(good)}"
-            problem = replace(problem, typed=typed[problem.where], fix=fix)
+            problem = replace(problem, typed=typed[problem.where], fix=problem.fix or fix)
         explained.append(problem)
     return explained
 

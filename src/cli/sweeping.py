@@ -86,7 +86,9 @@ def _problems(job: Sequence[str]) -> list[Problem]:
 
 
 def _run(job: Sequence[str], run_dir: Path, ledger: Path) -> int:
-    command = [sys.executable, "-m", "safelight.cli", "train", *job, f"run_dir={run_dir}", "resume=auto"]
+    script = Path(sys.argv[0])
+    start = [str(script)] if script.name == "train.py" and script.is_file() else ["-m", "safelight.cli", "train"]
+    command = [sys.executable, *start, *job, f"run_dir={run_dir}", "resume=auto"]
     print(f"\n── {run_dir.name}: {' '.join(job)}", flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "SAFELIGHT_RUN_DIR"}
     code = subprocess.run(command, env=environment, check=False).returncode

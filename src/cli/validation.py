@@ -89,14 +89,13 @@ def check_block(where: str, block: Mapping[str, Any], signature: Signature) -> I
         parameter = signature.parameters.get(name)
         if parameter is None:
             if not signature.is_open:
-                hint, guess = did_you_mean(name, signature.parameters)
-                yield Problem(
-                    f"{where}.{name}", f"{_short(signature)} has no argument {name!r}; {hint}", fix=guess or ""
-                )
+                hint, _ = did_you_mean(name, signature.parameters)
+                yield Problem(f"{where}.{name}", f"{_short(signature)} has no argument {name!r}; {hint}")
             continue
         wrong = check_value(parameter, value)
         if wrong:
-            yield Problem(f"{where}.{name}", wrong)
+            good = _repair(parameter.annotation, value)
+            yield Problem(f"{where}.{name}", wrong, fix="" if good is None else f"{where}.{name}={good}")
     injected = {"trainer": ("callbacks", "logger"), "logger": ("save_dir",), "callbacks": ("folder",)}
     skipped = injected.get(where.split(".")[0], ())
     for name, parameter in signature.parameters.items():
@@ -121,9 +120,15 @@ def check_value(parameter: Parameter, value: Any) -> str | None:
     shown = f"{value!r}" if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=60)
     shown = shown.removesuffix("\n...\n").strip()
     text = f"is {shown[:80]}; must be {describe(parameter.annotation)}"
-    allowed = [str(choice) for choice in _choices(parameter.annotation)]
-    guess = nearest(str(value), allowed) if allowed else None
-    return f"{text}; did you mean {guess!r}?" if guess else text
+    good = _repair(parameter.annotation, value)
+    return f"{text}; did you mean {good}?" if good is not None else text
+
+
+def _repair(annotation: Any, value: Any) -> Any:
+    """The value that was probably meant, or None: the nearest allowed word, or the whole number behind 1e3."""
+    if isinstance(value, float) and value.is_integer() and _fits(annotation, int(value)):
+        return int(value)
+    return nearest(str(value), [str(choice) for choice in _choices(annotation)])
 
 
 def _fits(annotation: Any, value: Any) -> bool:
@@ -169,7 +174,10 @@ def describe(annotation: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(argument) for argument in arguments))
+        literals = [choice for argument in arguments for choice in _choices(argument)]
+        others = [describe(argument) for argument in arguments if not _choices(argument)]
+        listed = ["one of " + ", ".join(dict.fromkeys(map(str, literals)))] if literals else []
+        return " or ".join(dict.fromkeys(listed + others))
     if origin in (list, set, frozenset, tuple) or getattr(origin, "__name__", "") in ("Sequence", "Iterable"):
         inner = [describe(argument) for argument in arguments if argument is not ...]
         if origin is tuple and ... not in arguments:

@@ -84,6 +84,12 @@ class SafelightModule(LightningModule):
             )
         return result
 
+    def words(self, key: str) -> list[str]:
+        """The distinct texts under ``key`` in the test samples, sorted: what a judge is to choose between."""
+        loaders = self.trainer.test_dataloaders
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        return sorted({sample[key] for loader in loaders for sample in loader.dataset})
+
     def export(self, folder: Path) -> Path:
         """Write what was trained in a format that other libraries open.
 

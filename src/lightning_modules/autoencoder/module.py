@@ -118,9 +118,10 @@ class Autoencoder(SafelightModule):
         """Reconstruction error on held-out pictures."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Reconstruction error on held-out pictures."""
-        self._evaluate(batch, "test")
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Reconstruction error on held-out pictures; other loaders are passed over."""
+        if dataloader_idx == 0:
+            self._evaluate(batch, "test")
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
         images = batch["image"]
@@ -129,7 +130,9 @@ class Autoencoder(SafelightModule):
         error = ((restored - images) / 2).square().mean(dim=(1, 2, 3))
         psnr = (-10 * error.log10()).mean()
         self.log_dict(
-            {f"{stage}/psnr": psnr, f"{stage}/l1": F.l1_loss(restored, images)}, batch_size=len(images), sync_dist=True
+            {f"{stage}/psnr": psnr, f"{stage}/l1": F.l1_loss(restored, images)}, batch_size=len(images),
+            sync_dist=True,
+            add_dataloader_idx=False,
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -17,6 +17,7 @@ from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.clip.losses import contrastive_loss
 from safelight.lightning_modules.randomness import step_generator
 from safelight.lightning_modules.schedules import warmup_cosine
+from safelight.metrics import ConceptAccuracy
 
 MAX_LOGIT_SCALE = 100.0
 """Upper bound of the learned similarity multiplier (arXiv 2103.00020, section 2.5)."""
@@ -116,6 +117,39 @@ class Clip(SafelightModule):
             optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_test_start(self) -> None:
+        """Fresh counts, and an untrained model of the same architecture as control."""
+        names = ("thing_accuracy", "caption_accuracy")
+        self._counts = {f"{who}{name}": ConceptAccuracy().to(self.device) for who in ("", "untrained/") for name in names}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self._untrained = CLIPModel(self.clip.config).to(self.device).eval()
+        self._words = self.words("thing")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Zero-shot naming of the thing ("a <thing>"), and finding the right caption among the batch's; held-out only."""
+        if dataloader_idx > 0:
+            return
+        captions = list(batch["caption"])
+        asked = torch.tensor([self._words.index(thing) for thing in batch["thing"]], device=self.device)
+        own = torch.tensor([captions.index(caption) for caption in captions], device=self.device)
+        trained = self.clip
+        for who, model in (("", trained), ("untrained/", self._untrained)):
+            self.clip = model
+            image = F.normalize(self.embed_images(batch["image"]), dim=-1)
+            for name, texts, target in (
+                ("thing_accuracy", [f"a {word}" for word in self._words], asked),
+                ("caption_accuracy", captions, own),
+            ):
+                text = F.normalize(self.embed_text(texts), dim=-1)
+                self._counts[who + name].update((image @ text.T).argmax(1), target, batch["index"])
+        self.clip = trained
+
+    def on_test_epoch_end(self) -> None:
+        """Log both accuracies for the trained and the untrained model."""
+        for name, count in self._counts.items():
+            self.log(f"test/{name}", count.compute())
 
     def export(self, folder: Path) -> Path:
         """Write model and processor as a transformers folder."""

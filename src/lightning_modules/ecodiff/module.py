@@ -135,6 +135,7 @@ class EcoDiff(SafelightModule):
     def on_fit_start(self) -> None:
         """Put the gates into the denoiser."""
         self.bank.attach(self.denoiser)
+        self._step = self.trainer.global_step
 
     def on_fit_end(self) -> None:
         """Leave the denoiser dense."""
@@ -167,9 +168,11 @@ class EcoDiff(SafelightModule):
         self.history.append((self.trainer.global_step, loss.detach(), kept.detach()))
         return loss + sparsity
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the multiplier of the sparsity target once per optimisation step."""
-        if self.hparams.target_strength > 0 and self.trainer.training:
+        stepped = self.trainer.global_step > self._step
+        self._step = self.trainer.global_step
+        if stepped and self.hparams.target_strength > 0:
             self.target.update(self.expected_keep(), self.progress())
 
     def expected_keep(self) -> Tensor:
@@ -271,15 +274,15 @@ class EcoDiff(SafelightModule):
 
     def _concepts(self) -> list[str]:
         """What the judge chooses between: the data module's concepts, else those of the test samples."""
-        data = getattr(self.trainer, "datamodule", None)
-        known = getattr(data, "concepts", None)
-        if known is None:
-            loaders = self.trainer.test_dataloaders
-            known = {sample.get("concept", sample["prompt"]) for sample in loaders.dataset}
-        return sorted(known)
+        known = getattr(getattr(self.trainer, "datamodule", None), "concepts", None)
+        return sorted(known) if known is not None else self.words("concept")
 
+    @torch.inference_mode(False)
     def on_test_epoch_end(self) -> None:
-        """Measure the learned mask and the controls in one harness."""
+        """Measure the learned mask and the controls in one harness.
+
+        Outside inference mode, which Lightning tests in: the one-shot control needs gradients.
+        """
         judge = ClipJudge(self.hparams.judge).to(self.device) if self.hparams.judge and self.vae is not None else None
         concepts = self._concepts()
         ours = self.pruned()

@@ -267,11 +267,13 @@ def _use_folder_as_backbone(config: DictConfig, folder: Path, keep: Sequence[str
     settings: dict[str, Any] = {}
     if (folder / "safelight.json").is_file():
         settings = json.loads((folder / "safelight.json").read_text(encoding="utf-8"))
-    block = dict(config.backbone or {}) | settings | {"name": folder.name, "pretrained": str(folder)}
-    for key in keep:
-        group, _, name = key.partition(".")
-        if group == "backbone" and name in (config.backbone or {}):
-            block[name] = config.backbone[name]
+    before = config.get("backbone") or {}
+    name = folder.parent.name if folder.name == "export" else folder.name
+    block = dict(before) | settings | {"name": name, "pretrained": str(folder)}
+    for dotted in keep:
+        group, _, key = dotted.partition(".")
+        if group == "backbone" and key in before:
+            block[key] = before[key]
     with open_dict(config):
         config.backbone = block
         config.choices.backbone = str(folder)

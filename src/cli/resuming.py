@@ -118,7 +118,7 @@ def merge(
             if before != now:
                 _set(result, path, now)
                 _set(template, path, now)
-                notes.append(f"{key}: {_show(now)} from the command line (the checkpoint has {_show(before)})")
+                notes += _changes(key, before, now)
     ours = {k: v for k, v in _flat(config).items() if not k.startswith(tuple(f"{g}." for g in _MAY_CHANGE))}
     theirs = _flat(found.config)
     for key in sorted(ours.keys() & theirs.keys()):
@@ -128,6 +128,16 @@ def merge(
         if key in config:
             result[key] = template[key] = config[key]
     return result, template, notes
+
+
+def _changes(key: str, before: Any, now: Any) -> list[str]:
+    """One sentence per leaf that the command line changes."""
+    old, new = (_flat({key: value}) for value in (before, now))
+    return [
+        f"{leaf}: {_show(new.get(leaf))} from the command line (the checkpoint has {_show(old.get(leaf))})"
+        for leaf in sorted(old.keys() | new.keys())
+        if old.get(leaf) != new.get(leaf)
+    ]
 
 
 def _copy(value: Any) -> Any:

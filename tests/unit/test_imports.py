@@ -1,0 +1,100 @@
+"""Who may import whom, and what may not be imported before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import safelight
+
+ROOT = Path(safelight.__file__).parent
+# A room and the rooms of the house it may look into. Anything may use `safelight.errors`.
+MAY_IMPORT = {
+    "cli": {"lightning_modules", "generators", "masking", "metrics", "reporting", "datamodules", "callbacks", "zoo"},
+    "lightning_modules": {"generators", "masking", "metrics", "reporting", "zoo"},
+    "generators": {"masking", "zoo"},
+    "masking": set(),
+    "metrics": {"zoo"},
+    "reporting": set(),
+    "datamodules": {"zoo"},
+    "callbacks": {"reporting"},
+    "zoo": {"lightning_modules", "datamodules", "generators", "metrics", "reporting"},
+    "errors": set(),
+    "configs": set(),
+}
+# What tests and plug-in authors use may reach everywhere.
+MAY_IMPORT["testing"] = set(MAY_IMPORT)
+LIGHT = ["safelight", "safelight.cli", "safelight.cli.app", "safelight.cli.composing", "safelight.cli.validation"]
+HEAVY = {"torch", "lightning", "diffusers", "transformers", "torchmetrics", "peft"}
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Dotted paths of everything a file imports, at any depth."""
+    module = ["safelight", *file.relative_to(ROOT).with_suffix("").parts]
+    package = module[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def rooms() -> list[str]:
+    return sorted(p.name for p in ROOT.iterdir() if (p / "__init__.py").is_file() and p.name != "configs")
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_no_arrow_runs_up(room: str) -> None:
+    wrong = []
+    for file in sorted((ROOT / room).rglob("*.py")):
+        for name in imported(file):
+            parts = name.split(".")
+            if parts[0] != "safelight" or len(parts) < 2 or parts[1] in (room, "errors", "__version__"):
+                continue
+            # Scripts that build the zoo may use everything; the package itself only finds folders.
+            if room == "zoo" and file.name != "__init__.py":
+                continue
+            if parts[1] not in MAY_IMPORT[room]:
+                wrong.append(f"{file.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def test_methods_do_not_import_each_other() -> None:
+    methods = {file.parent.name for file in (ROOT / "lightning_modules").glob("*/__init__.py")}
+    wrong = []
+    for file in sorted((ROOT / "lightning_modules").glob("*/**/*.py")):
+        own = file.relative_to(ROOT / "lightning_modules").parts[0]
+        for name in imported(file):
+            parts = name.split(".")
+            if parts[:2] == ["safelight", "lightning_modules"] and len(parts) > 2 and parts[2] in methods - {own}:
+                wrong.append(f"{file.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def test_nothing_heavy_before_it_is_needed() -> None:
+    packages = [f"safelight.{room}" for room in rooms() if room != "testing"]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {LIGHT + packages!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"    heavy = sorted({HEAVY!r} & set(sys.modules))\n"
+        "    assert not heavy, f'{name} imports {heavy}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_source_folder_is_refused() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT.parent)!r}); import src"
+    if ROOT.name != "src":
+        pytest.skip("not an editable install")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "import 'safelight', not 'src'" in done.stderr

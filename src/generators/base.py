@@ -7,6 +7,7 @@ in four small methods.
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -230,6 +231,12 @@ class Generator(ABC):
             nn.Module.to(module, device=device, dtype=dtype)
         return self
 
+    def with_denoiser(self, denoiser: nn.Module) -> Generator:
+        """The same generator around another denoiser; encoders, decoder and schedule are shared."""
+        other = copy.copy(self)
+        other.denoiser = denoiser
+        return other
+
     # -- condition ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -431,7 +438,7 @@ class Generator(ABC):
         if self.pipeline is None:
             raise SafelightError("save: this generator was built without a pipeline; save its denoiser instead")
         self._restore_encoders()
-        with self._with_denoiser(denoiser or self.denoiser), quiet():
+        with self._pipeline_holding(denoiser or self.denoiser), quiet():
             self.pipeline.save_pretrained(str(folder), safe_serialization=True)
         if getattr(denoiser or self.denoiser, "pruning_stages", None):
             from safelight.masking import write_manifest
@@ -447,7 +454,7 @@ class Generator(ABC):
         return "unet" if hasattr(self.pipeline, "unet") else "transformer"
 
     @contextmanager
-    def _with_denoiser(self, denoiser: nn.Module) -> Iterator[None]:
+    def _pipeline_holding(self, denoiser: nn.Module) -> Iterator[None]:
         name = self._denoiser_name()
         before = getattr(self.pipeline, name)
         setattr(self.pipeline, name, denoiser)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from safelight.errors import SafelightError
 from safelight.generators import Generator, load_generator
+from safelight.generators.targets import DenseTargets, check_batch
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.ecodiff.evaluation import HeldOutBatch, Measured, compare_cost, measure
 from safelight.lightning_modules.ecodiff.objective import SparsityTarget, final_latent_loss, per_step_loss
 from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, prune
-from safelight.lightning_modules.ecodiff.targets import DenseTargets
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import (
     MaskBank,
@@ -379,18 +379,3 @@ class EcoDiff(SafelightModule):
         masked = self.generator.decode(self.generator.rollout(noise, cond))
         self.bank.set_gates(before)
         writer.add_images("dense above, hardened below", torch.cat([dense, masked]).clamp(0, 1), step)
-
-
-def check_batch(batch: Any) -> tuple[list[str], list[int]]:
-    """Prompts and noise seeds of a batch.
-
-    Raises:
-        SafelightError: the batch is not a dict with ``prompt`` and ``seed`` of one length.
-    """
-    if not isinstance(batch, dict) or "prompt" not in batch or "seed" not in batch:
-        found = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise SafelightError(f"batch: expected a dict with 'prompt' (B texts) and 'seed' (B integers), got {found}")
-    prompts, seeds = list(batch["prompt"]), [int(seed) for seed in batch["seed"]]
-    if len(prompts) != len(seeds):
-        raise SafelightError(f"batch: {len(prompts)} prompts but {len(seeds)} seeds")
-    return prompts, seeds

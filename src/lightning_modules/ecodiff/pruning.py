@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.generators import Conditioning, Generator
 from safelight.masking import (
@@ -75,13 +75,6 @@ def baseline_scores(
     return one_shot_scores(generator, specs, calibration)
 
 
-def with_denoiser(generator: Generator, denoiser: nn.Module) -> Generator:
-    """The same generator around another denoiser; encoders, decoder and schedule are shared."""
-    other = copy.copy(generator)
-    other.denoiser = denoiser
-    return other
-
-
 def prune(
     generator: Generator,
     masks: Mapping[str, Tensor],
@@ -98,7 +91,7 @@ def prune(
         ridge: pull of the correction towards the old weights.
         sequential: correct the layers in order, each on the inputs the already pruned ones give it.
     """
-    smaller = with_denoiser(generator, copy.deepcopy(generator.denoiser))
+    smaller = generator.with_denoiser(copy.deepcopy(generator.denoiser))
     if calibration is not None:
         # Recorded on the dense model before anything is changed, and replayed for every layer.
         run = calibration.replay(smaller)

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.generators import Conditioning, Generator, load_generator
+from safelight.generators.noising import denoising_loss, diffuse, flow_interpolate, logit_normal
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.randomness import step_generator
 from safelight.lightning_modules.schedules import warmup_cosine
-from safelight.lightning_modules.text_to_image.losses import denoising_loss, diffuse, flow_interpolate, logit_normal
-
 from safelight.metrics import ClipJudge, ConceptAccuracy
 from safelight.reporting import write_model_card
 

@@ -7,12 +7,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safelight.generators import Conditioning, Generator
+from safelight.errors import SafelightError
+from safelight.generators.base import Conditioning, Generator
 
 
 class DenseTargets:
@@ -24,15 +26,18 @@ class DenseTargets:
     Args:
         generator: the dense generator.
         folder: where to keep latents between runs; None for memory only.
+        what: what is stored per pair, such as ``latent`` or ``trajectory``; caches of different things may share a
+            folder.
     """
 
-    def __init__(self, generator: Generator, folder: str | Path | None = None) -> None:
+    def __init__(self, generator: Generator, folder: str | Path | None = None, what: str = "latent") -> None:
         self.generator = generator
         self.folder = Path(folder) if folder is not None else None
         self._cond: dict[str, Conditioning] = {}
         self._latents: dict[tuple[str, int], Tensor] = {}
         self._base = json.dumps(
             {
+                "what": what,
                 "settings": generator.settings,
                 "source": str(generator.source),
                 "scheduler": {key: repr(value) for key, value in sorted(generator.scheduler.config.items())}
@@ -88,3 +93,18 @@ class DenseTargets:
         aside = file.with_suffix(f".{os.getpid()}.tmp")
         save_file({"latent": latent.contiguous()}, aside)
         aside.replace(file)
+
+
+def check_batch(batch: Any) -> tuple[list[str], list[int]]:
+    """Prompts and noise seeds of a batch.
+
+    Raises:
+        SafelightError: the batch is not a dict with ``prompt`` and ``seed`` of one length.
+    """
+    if not isinstance(batch, dict) or "prompt" not in batch or "seed" not in batch:
+        found = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise SafelightError(f"batch: expected a dict with 'prompt' (B texts) and 'seed' (B integers), got {found}")
+    prompts, seeds = list(batch["prompt"]), [int(seed) for seed in batch["seed"]]
+    if len(prompts) != len(seeds):
+        raise SafelightError(f"batch: {len(prompts)} prompts but {len(seeds)} seeds")
+    return prompts, seeds

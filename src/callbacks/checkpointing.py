@@ -151,7 +151,7 @@ class Checkpoints(Checkpoint):
 
     def save_last(self, trainer: Trainer) -> None:
         """Write ``last.ckpt`` now; called on all ranks."""
-        if trainer.fast_dev_run:
+        if getattr(trainer, "fast_dev_run", False):
             return
         trainer.save_checkpoint(self.last_path)
         self._saved_step = trainer.global_step
@@ -166,7 +166,12 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``best.ckpt`` if the monitored metric has improved."""
-        if trainer.sanity_checking or trainer.fast_dev_run or self.monitor is None or trainer.state.fn != "fit":
+        if (
+            trainer.sanity_checking
+            or getattr(trainer, "fast_dev_run", False)
+            or self.monitor is None
+            or trainer.state.fn != "fit"
+        ):
             return
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:

@@ -119,11 +119,11 @@ def build_trainer(
     config: Mapping[str, Any], callbacks: list[Callback], loggers: list[Logger] | bool, folder: Path
 ) -> Trainer:
     """The trainer; nested blocks with a ``_target_`` become strategies, profilers or plug-ins."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.accelerators import Accelerator
     from lightning.pytorch.profilers import Profiler
     from lightning.pytorch.strategies import Strategy
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from safelight.callbacks.checkpointing import AtomicCheckpointIO
 

@@ -321,19 +321,25 @@ def checked_key(override: Override, base: Mapping[str, Any], result: Composed) -
     typed = str(override.input_line)
     if override.is_delete():
         return typed
+    forced = f"++{typed.lstrip('+')}"
     parts = override.key_or_group.split(".")
     node: Any = base
     for depth, part in enumerate(parts):
         if not isinstance(node, dict):
-            # Inside a list or below a value that a constructor takes whole: the constructor's own check decides.
-            return f"++{typed.lstrip('+')}" if depth > 1 else _unknown_key(override, parts[:depth], [], result)
+            if depth > 1:
+                return forced
+            _unknown_key(override, parts[:depth], [], result)
+            return None
         names = _names(node, parts[:depth])
-        if part not in names:
-            if names or depth == 0:
-                return _unknown_key(override, parts[: depth + 1], names, result)
-            return f"++{typed.lstrip('+')}"
-        node = node.get(part, {})
-    return f"++{typed.lstrip('+')}"
+        if names and part not in names:
+            _unknown_key(override, parts[: depth + 1], names, result)
+            return None
+        inner = node.get(part, {})
+        if TARGET in node and not (isinstance(inner, dict) and TARGET in inner):
+            # An argument that the constructor takes whole: its own check decides about what is inside.
+            return forced
+        node = inner
+    return forced
 
 
 def _names(node: Mapping[str, Any], where: Sequence[str]) -> list[str]:

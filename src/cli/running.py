@@ -85,7 +85,7 @@ def train(
         print(f"run folder: {folder}", flush=True)
     run = assemble(config, folder, template, command)
     fit(run, found.checkpoint if found else None)
-    if run.trainer.fast_dev_run:
+    if _is_dry(run.trainer):
         return None
     metrics, controls = test(run) if config["test"] else ({}, {})
     # Ranks other than 0 have nothing more to do; what follows contains no collective operation.
@@ -154,11 +154,16 @@ def fit(run: Run, checkpoint: Path | None = None) -> None:
     """Train, from a checkpoint if one is given, and make sure that ``best.ckpt`` exists afterwards."""
     run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
     run.folder = Path(run.trainer.strategy.broadcast(str(run.folder)))
-    if run.trainer.fast_dev_run:
+    if _is_dry(run.trainer):
         return
     if run.trainer.is_global_zero:
         _link_best(run.folder / "checkpoints")
     run.trainer.strategy.barrier()
+
+
+def _is_dry(trainer: Trainer) -> bool:
+    """Whether ``fast_dev_run`` is on: one batch of everything, nothing written."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _link_best(checkpoints: Path) -> None:
@@ -249,7 +254,7 @@ def conclude(
 def export(run: Run) -> Path | None:
     """The method's artefact in ``<run folder>/export``; None when the method makes none."""
     exporter = getattr(run.module, "export", None)
-    if exporter is None or getattr(type(run.module).export, "__module__", "") == "safelight.lightning_modules.base":
+    if exporter is None or getattr(exporter, "__module__", "") == "safelight.lightning_modules.base":
         return None
     folder = run.folder / "export"
     if folder.exists():

@@ -37,11 +37,11 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
             (override,) = parser.parse_overrides([typed])
         except HydraException as error:
             raise ConfigError([Problem(typed, "cannot be read as key=value,value,…", typed=typed)]) from error
-        key = override.get_key_element()
+        key, pattern = override.get_key_element(), override.value()
         if not override.is_sweep_override():
             choices.append([typed])
-        elif isinstance(override.value(), Glob):
-            names = override.value().filter(composing.options(override.key_or_group))
+        elif isinstance(pattern, Glob):
+            names = pattern.filter(composing.options(override.key_or_group))
             choices.append([f"{key}={name}" for name in names])
         else:
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])

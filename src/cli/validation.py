@@ -228,8 +228,8 @@ def _run_folder_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     if isinstance(resume, str) and resume != "auto" and not Path(resume).expanduser().exists():
         text = f"there is no run folder or checkpoint {resume!r}; resume=auto finds the newest unfinished run"
         yield Problem("resume", text + _nearest_sibling(resume))
-    new = isinstance(run_dir, str) and not resume and not config.get("overwrite") and process_rank() == 0
-    if new and is_used(Path(run_dir).expanduser()):
+    new = not resume and not config.get("overwrite") and process_rank() == 0
+    if new and isinstance(run_dir, str) and is_used(Path(run_dir).expanduser()):
         text = f"{run_dir!r} holds an earlier run; add resume=auto to go on with it or overwrite=true to replace it"
         yield Problem("run_dir", text)
 

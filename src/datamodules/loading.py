@@ -142,7 +142,7 @@ class ResumableLoader:
         self._plan = _Plan()
         self._loader: DataLoader[Any] = DataLoader(
             _SeededItems(dataset, seed),
-            batch_sampler=self._plan,  # type: ignore[arg-type]
+            batch_sampler=self._plan,
             num_workers=num_workers,
             collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,

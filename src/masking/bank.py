@@ -61,7 +61,7 @@ class MaskBank(nn.Module):
 
     Attributes:
         logits: fp32, ``(n_units,)`` per layer; the key is the layer's path with dots replaced by slashes.
-        current: name to the gates now in force, ``(n_units,)`` fp32; empty when dense.
+        current: name to the gates now in force, ``(n_units,)`` fp32 (fp64 for fp64 logits); empty when dense.
 
     Raises:
         SafelightError: the mode is unknown, there are no specs, or initial logits do not fit them.
@@ -153,8 +153,8 @@ class MaskBank(nn.Module):
         """
         gates = gates or {}
         check_names(gates, self.specs.values())
-        device = next(iter(self.logits.values())).device
-        self.current = {name: gate.to(device, torch.float32) for name, gate in gates.items()}
+        logits = next(iter(self.logits.values()))
+        self.current = {name: gate.to(logits.device, _wide(logits.dtype)) for name, gate in gates.items()}
         self._spread()
 
     def _install(self, u: Tensor) -> dict[str, Tensor]:
@@ -162,13 +162,14 @@ class MaskBank(nn.Module):
         if self.mode == "off":
             self.set_gates(None)
             return {name: torch.ones_like(logits) for name, logits in self.named_logits().items()}
-        flat = torch.cat(list(self.named_logits().values())).float()
+        flat = torch.cat(list(self.named_logits().values()))
+        flat = flat.to(_wide(flat.dtype))
         if self.mode == "hard_concrete":
             gates = formulas.hard_concrete(flat, u.to(flat.device), self.alpha, self.gamma, self.zeta, self.delta)
         elif self.mode == "sigmoid":
             gates = torch.sigmoid(flat)
         else:
-            gates = flat if self.mode == "binary" else (flat > 0).float()
+            gates = flat if self.mode == "binary" else (flat > 0).to(flat.dtype)
         parts = gates.split([spec.n_units for spec in self.specs.values()])
         self.current = dict(zip(self.specs, parts, strict=True))
         self._spread()
@@ -300,6 +301,11 @@ class MaskBank(nn.Module):
 
 def _key(name: str) -> str:
     return name.replace(".", "/")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Type of the gates: fp32, or fp64 for fp64 logits."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _width(linear: nn.Linear, side: str) -> int:

@@ -40,6 +40,8 @@ class DenseTargets:
                 "what": what,
                 "settings": generator.settings,
                 "source": str(generator.source),
+                # A folder may hold other weights tomorrow, and a model built in memory has no source at all.
+                "weights": weights_digest(generator) if folder is not None else None,
                 "scheduler": {key: repr(value) for key, value in sorted(generator.scheduler.config.items())}
                 if generator.scheduler is not None
                 else None,
@@ -93,6 +95,16 @@ class DenseTargets:
         aside = file.with_suffix(f".{os.getpid()}.tmp")
         save_file({"latent": latent.contiguous()}, aside)
         aside.replace(file)
+
+
+def weights_digest(generator: Generator) -> str:
+    """Hash of all weights of a generator; reads each once."""
+    digest = hashlib.sha256()
+    for module in generator._modules():
+        for key, value in module.state_dict().items():
+            content = torch.hash_tensor(value).item() if value.numel() else 0
+            digest.update(f"{key} {tuple(value.shape)} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def check_batch(batch: Any) -> tuple[list[str], list[int]]:

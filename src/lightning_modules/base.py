@@ -71,8 +71,20 @@ class SafelightModule(LightningModule):
         """Load the trained parts; anything missing or left over beyond the frozen parts is an error.
 
         Raises:
-            SafelightError: a trained tensor is missing, or the state holds a tensor this module does not know.
+            SafelightError: a trained tensor is missing or has another shape, or the state holds a tensor this module
+                does not know.
         """
+        own = self.state_dict()
+        shapes = [
+            f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+            for key, value in state_dict.items()
+            if key in own and value.shape != own[key].shape
+        ]
+        if shapes:
+            raise SafelightError(
+                f"the checkpoint does not fit this {type(self).__name__}: {', '.join(shapes[:3])}; "
+                "was it trained with another backbone or other units?"
+            )
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         hidden = tuple(f"{name}." for name in self.frozen)
         missing = [key for key in result.missing_keys if not (hidden and key.startswith(hidden))]
@@ -82,6 +94,8 @@ class SafelightModule(LightningModule):
                 f"missing {missing[:3] or 'nothing'}, unknown {result.unexpected_keys[:3] or 'nothing'}; "
                 "was it trained with another backbone or other units?"
             )
+        # Lightning would print the path of every frozen tensor as a warning.
+        result.missing_keys.clear()
         return result
 
     def words(self, key: str) -> list[str]:

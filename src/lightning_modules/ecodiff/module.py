@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from annotated_types import Ge, Gt, Interval
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -30,6 +32,13 @@ from safelight.masking import (
 from safelight.metrics import ClipJudge
 
 _COMMON = ("keep_params", "latent_mse_median", "latent_mse_mean", "ssim", "clip_accuracy", "clip_accuracy_dense")
+
+
+class _DetachOnException(Callback):
+    """Lightning tells callbacks about exceptions, but not modules."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        cast(EcoDiff, pl_module).bank.detach()
 
 
 class EcoDiff(SafelightModule):
@@ -135,15 +144,16 @@ class EcoDiff(SafelightModule):
     def on_fit_start(self) -> None:
         """Put the gates into the denoiser."""
         self.bank.attach(self.denoiser)
-        self._step = self.trainer.global_step
 
     def on_fit_end(self) -> None:
-        """Leave the denoiser dense."""
+        """Leave the denoiser dense, and the calibration samples the same on all ranks."""
         self.bank.detach()
+        # Here, where every rank still takes part: export runs on rank 0 alone.
+        self.calibration_pairs = self.trainer.strategy.broadcast(self.calibration_pairs)
 
-    def on_exception(self, exception: BaseException) -> None:
+    def configure_callbacks(self) -> list[Callback]:
         """Leave the denoiser dense also when training breaks."""
-        self.bank.detach()
+        return [_DetachOnException()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Reconstruction of the dense result + sparsity."""
@@ -168,20 +178,23 @@ class EcoDiff(SafelightModule):
         self.history.append((self.trainer.global_step, loss.detach(), kept.detach()))
         return loss + sparsity
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the multiplier of the sparsity target once per optimisation step."""
-        stepped = self.trainer.global_step > self._step
-        self._step = self.trainer.global_step
-        if stepped and self.hparams.target_strength > 0:
-            self.target.update(self.expected_keep(), self.progress())
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the multiplier of the sparsity target.
+
+        Not in ``on_train_batch_end``, which runs after callbacks have written checkpoints.
+        """
+        super().optimizer_step(*args, **kwargs)
+        if self.hparams.target_strength > 0:
+            self.target.update(self.expected_keep(), self.progress(self.trainer.global_step + 1))
 
     def expected_keep(self) -> Tensor:
         """Expected share of the price whose gates are more open than shut; differentiable."""
         return self.bank.expected_keep(self.hparams.price, above=0.5)
 
-    def progress(self) -> float:
-        """Share of the optimisation steps that is done, 0 to 1."""
-        return self.trainer.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
+    def progress(self, step: int | None = None) -> float:
+        """Share of the optimisation steps that is done after ``step`` of them (default: now), 0 to 1."""
+        step = self.trainer.global_step if step is None else step
+        return step / max(int(self.trainer.estimated_stepping_batches), 1)
 
     def _samples(self, prompts: list[str], seeds: list[int]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Noise, conditioning and dense final latents of (prompt, seed) pairs."""
@@ -238,7 +251,7 @@ class EcoDiff(SafelightModule):
         Raises:
             SafelightError: there are none, because the module was never trained.
         """
-        pairs = self.trainer.strategy.broadcast(self.calibration_pairs) if self._trainer else self.calibration_pairs
+        pairs = self.calibration_pairs
         if not pairs:
             raise SafelightError("correction: no calibration samples; train first, or set correction=False")
         prompts, seeds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

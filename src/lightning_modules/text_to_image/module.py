@@ -152,9 +152,13 @@ class TextToImage(SafelightModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the average of the weights; quickly at first, so that the random start is forgotten."""
-        step = self.trainer.global_step
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the average of the weights; quickly at first, so that the random start is forgotten.
+
+        Not in ``on_train_batch_end``, which runs after callbacks have written checkpoints.
+        """
+        super().optimizer_step(*args, **kwargs)
+        step = self.trainer.global_step + 1
         decay = min(self.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.trained.parameters()), 1 - decay)

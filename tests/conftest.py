@@ -58,5 +58,6 @@ def no_network() -> Any:
 @pytest.fixture
 def clean_run_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run folders announced by an earlier test must not leak into the next."""
+    monkeypatch.setenv("SAFELIGHT_RUN_DIR", "")
     for name in ("SAFELIGHT_RUN_DIR", "LOCAL_RANK", "RANK", "SLURM_PROCID", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)

@@ -122,6 +122,7 @@ def build_trainer(
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.accelerators import Accelerator
+    from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.profilers import Profiler
     from lightning.pytorch.strategies import Strategy
 
@@ -131,6 +132,9 @@ def build_trainer(
     for key, value in block.items():
         if isinstance(value, dict) and TARGET in value:
             block[key] = build(f"trainer.{key}", value, (Strategy, Profiler, Accelerator))
+    if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        # Otherwise Lightning adds a bar of its own, which floods a log file.
+        block["enable_progress_bar"] = False
     given = {"callbacks": callbacks, "logger": loggers, "default_root_dir": str(folder)}
     try:
         trainer = build("trainer", block, Trainer, plugins=[AtomicCheckpointIO()], **given)
@@ -146,6 +150,8 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Loading bars of transformers and diffusers; the run's own progress does not use tqdm.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     # Lightning sets its own level when it is imported, so it must be there first.
     importlib.import_module("lightning.pytorch")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

@@ -59,7 +59,6 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = ()) -> Summary:
     datamodule, module = building.build_datamodule(config), building.build_module(config)
     progress = {"callbacks": {"progress": (config.get("callbacks") or {}).get("progress")}}
     watching = building.build_chosen(progress, folder)
-    config["trainer"]["enable_progress_bar"] = bool(watching)
     trainer = building.build_trainer(config, watching, False, folder)
     metrics, controls = running.measure(trainer, module, datamodule, checkpoint, int(config.get("seed", 0)))
     command = ending.eval_command(checkpoint)

@@ -29,6 +29,7 @@ CONTENTS: Final = (
     "report",
     "summary.json",
 )
+_WRITTEN_FIRST: Final = ("config.yaml", "command.txt", "versions.json")
 _FOLDER_VARIABLE: Final = "SAFELIGHT_RUN_DIR"
 _RANK_VARIABLES: Final = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 _PACKAGES: Final = ("torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "numpy", "hydra-core")
@@ -43,8 +44,10 @@ def process_rank() -> int:
 
 
 def is_used(folder: Path) -> bool:
-    """Whether a folder exists and holds anything."""
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    """Whether a path holds anything worth keeping; what a run writes before it starts is not."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(entry.name not in _WRITTEN_FIRST for entry in folder.iterdir())
 
 
 def is_finished(folder: Path) -> bool:
@@ -69,12 +72,11 @@ def make_run_folder(config: Mapping[str, Any]) -> Path:
         return Path(inherited or config.get("run_dir") or config["runs_dir"])
     if config.get("run_dir"):
         folder = Path(config["run_dir"]).expanduser()
-        if is_used(folder):
-            if not config.get("overwrite"):
-                raise SafelightError(
-                    f"run_dir {str(folder)!r} holds an earlier run; use resume=auto, another folder or overwrite=true"
-                )
-            clear(folder)
+        if is_used(folder) and not config.get("overwrite"):
+            raise SafelightError(
+                f"run_dir {str(folder)!r} holds an earlier run; use resume=auto, another folder or overwrite=true"
+            )
+        clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
     else:
         folder = _new_folder(Path(config["runs_dir"]).expanduser() / str(config["choices"]["method"]), run_name(config))

@@ -191,3 +191,17 @@ def test_every_shipped_method_is_valid() -> None:
         problems = validate(compose([f"method={method}"]))
         # A backbone that is still being trained for the zoo is the backbone's business, not the method's.
         assert [p for p in problems if not p.where.endswith("pretrained")] == [], method
+
+
+def test_a_run_that_never_started_does_not_occupy_its_folder(tmp_path: Path) -> None:
+    from safelight.cli.folders import is_used, make_run_folder
+
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    (tmp_path / "command.txt").write_text("python train.py")
+    assert not is_used(tmp_path)
+    assert make_run_folder({"run_dir": str(tmp_path)}) == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "notes.txt").write_text("mine")
+    assert is_used(tmp_path)
+    make_run_folder({"run_dir": str(tmp_path), "overwrite": True})
+    assert (tmp_path / "notes.txt").read_text() == "mine"

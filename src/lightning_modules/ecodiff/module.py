@@ -66,7 +66,7 @@ class EcoDiff(SafelightModule):
         price: what the regulariser, the target and the ranking count: ``params``, ``flops`` or ``units`` (paper).
         target_strength: strength of the augmented Lagrangian that steers the expected kept share to ``keep``; 0 leaves
             sparsity to ``beta`` alone.
-        target_anneal: share of training in which that target moves from 1 to ``keep``.
+        target_anneal: share of training in which that target moves from the untrained gates' share to ``keep``.
         scope: rank units over the whole network (``global``) or within each layer (``local``).
         min_per_layer: units that every layer keeps.
         round_to: neurons are kept in multiples of this, for tensor cores.
@@ -129,7 +129,7 @@ class EcoDiff(SafelightModule):
         self.vae = getattr(self.generator.pipeline, "vae", None)
         self.specs = find_units(self.denoiser, kinds, pattern)
         self.bank = MaskBank(self.specs, init=init, delta=delta)
-        self.target = SparsityTarget(keep, target_strength, target_anneal)
+        self.target = SparsityTarget(keep, target_strength, target_anneal, start=self.expected_keep().item())
         self.freeze()
         self.targets = DenseTargets(self.generator, targets_folder)
         # What the correction is computed from; travels in the checkpoint so that eval.py repeats the numbers.

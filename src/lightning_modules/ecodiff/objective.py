@@ -124,26 +124,34 @@ class SparsityTarget(nn.Module):
     """Augmented Lagrangian that brings the expected kept fraction to a wanted one.
 
     ``penalty = l1 * c + strength / 2 * c^2`` with ``c = kept - target``, and after every optimisation step
-    ``l1 += strength * c``. The target moves from 1 to its end value during the first part of training, so that units
-    leave one after another and the reconstruction decides which.
+    ``l1 += rate * strength * c``. The target moves from where training starts to its end value during the first part of
+    training, so that units leave one after another and the reconstruction decides which.
+
+    The multiplier is slow on purpose. Adam moves a logit by its learning rate whatever the size of the gradient, so a
+    fast multiplier goes on growing while the logits are still on their way, and the kept fraction swings past its
+    target and back for longer than a run lasts.
 
     Args:
         keep: wanted kept fraction, in (0, 1].
-        strength: weight of the quadratic term and rate of the multiplier, in units of the loss.
+        strength: weight of the quadratic term, in units of the loss.
         anneal: share of training during which the target moves.
+        start: kept fraction that the target starts from: that of the untrained gates.
+        rate: rate of the multiplier against ``strength``.
     """
 
     multiplier: Tensor
 
-    def __init__(self, keep: float, strength: float = 1.0, anneal: float = 0.5) -> None:
+    def __init__(
+        self, keep: float, strength: float = 1.0, anneal: float = 0.5, start: float = 1.0, rate: float = 0.02
+    ) -> None:
         super().__init__()
-        self.keep, self.strength, self.anneal = keep, strength, anneal
+        self.keep, self.strength, self.anneal, self.start, self.rate = keep, strength, anneal, start, rate
         self.register_buffer("multiplier", torch.zeros(()))
 
     def target(self, progress: float) -> float:
         """Wanted kept fraction when ``progress`` (0 to 1) of training is done."""
         share = min(progress / self.anneal, 1.0) if self.anneal > 0 else 1.0
-        return 1.0 - (1.0 - self.keep) * share
+        return self.start + (self.keep - self.start) * share
 
     def penalty(self, kept: Tensor, progress: float) -> Tensor:
         """Term of the loss; ``kept`` carries the graph to the logits."""
@@ -153,4 +161,4 @@ class SparsityTarget(nn.Module):
     @torch.no_grad()
     def update(self, kept: Tensor, progress: float) -> None:
         """Gradient ascent on the multiplier, once per optimisation step."""
-        self.multiplier += self.strength * (kept - self.target(progress))
+        self.multiplier += self.rate * self.strength * (kept - self.target(progress))

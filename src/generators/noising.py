@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def logit_normal(count: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
@@ -33,6 +32,15 @@ def diffuse(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return level.sqrt() * clean + (1 - level).sqrt() * noise
 
 
-def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error in fp32."""
-    return F.mse_loss(prediction.float(), target.float())
+def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error in fp32.
+
+    Args:
+        prediction: (B, ...).
+        target: like ``prediction``.
+        weight: one factor per sample, (B,); None for ones.
+    """
+    error = (prediction.float() - target.float()).square()
+    if weight is None:
+        return error.mean()
+    return (error.flatten(1).mean(dim=1) * weight).mean()

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -43,6 +43,8 @@ class TextToImage(SafelightModule):
         sigma_mean: mean of the logit of the noise level (flow models); above 0 prefers noisy inputs, which few-step
             sampling depends on most.
         sigma_std: standard deviation of that logit.
+        weighting: of the noise-prediction loss over noise levels: ``velocity`` weighs the squared error by 1 / signal
+            share, which makes it the velocity's error (arXiv 2202.00512, table 1); ``uniform`` is the original loss.
         judge: CLIP folder or ``zoo:`` name that names the generated pictures.
         seed: noise, noise levels and caption dropout are functions of (seed, step, rank).
     """
@@ -63,6 +65,7 @@ class TextToImage(SafelightModule):
         empty_caption: Annotated[float, Interval(ge=0, le=1)] = 0.1,
         sigma_mean: float = 0.5,
         sigma_std: Annotated[float, Gt(0)] = 1.2,
+        weighting: Literal["velocity", "uniform"] = "velocity",
         judge: str = "zoo:tiny_clip",
         seed: int = 0,
     ) -> None:
@@ -70,7 +73,7 @@ class TextToImage(SafelightModule):
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Generator) else [])
         self.lr, self.warmup_steps, self.weight_decay, self.ema_decay = lr, warmup_steps, weight_decay, ema_decay
         self.empty_caption, self.sigma_mean, self.sigma_std = empty_caption, sigma_mean, sigma_std
-        self.judge, self.seed = judge, seed
+        self.weighting, self.judge, self.seed = weighting, judge, seed
         self.generator = load_generator(backbone)
         if self.generator.pipeline is None:
             raise SafelightError("backbone: text_to_image needs a whole pipeline, this is a bare denoiser")
@@ -139,16 +142,21 @@ class TextToImage(SafelightModule):
         noise = torch.randn(clean.shape, generator=random).to(clean)
         keep = (torch.rand(rows, generator=random) >= self.empty_caption).tolist()
         cond = self.condition([caption if kept else "" for caption, kept in zip(batch["caption"], keep, strict=True)])
+        weight = None
         if self.generator.family == "unet":
             scheduler = self.generator.scheduler
             steps = torch.randint(0, scheduler.config.num_train_timesteps, (rows,), generator=random)
-            noisy = diffuse(clean, noise, scheduler.alphas_cumprod[steps].to(clean))
-            timestep, target = steps.to(clean), noise
+            signal = scheduler.alphas_cumprod[steps].to(clean)
+            noisy, timestep, target = diffuse(clean, noise, signal), steps.to(clean), noise
+            if self.weighting == "velocity":
+                # The error of the velocity that a predicted noise implies; it counts most where there is most noise,
+                # which is where few-step samplers decide what to draw.
+                weight = 1 / signal
         else:
             sigma = logit_normal(rows, self.sigma_mean, self.sigma_std, random).to(clean)
             noisy, target = flow_interpolate(clean, noise, sigma)
             timestep = sigma * 1000
-        loss = denoising_loss(self.generator.denoise(noisy, timestep, cond), target)
+        loss = denoising_loss(self.generator.denoise(noisy, timestep, cond), target, weight)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

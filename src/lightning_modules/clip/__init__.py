@@ -1,0 +1,1 @@
+"""CLIP: the judge of what a picture shows."""

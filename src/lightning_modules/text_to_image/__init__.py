@@ -1,0 +1,1 @@
+"""Text to image: the trainer of the zoo's pipelines."""

@@ -18,7 +18,7 @@ from safelight.generators.targets import DenseTargets, check_batch
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.ecodiff.evaluation import HeldOutBatch, Measured, compare_cost, measure
 from safelight.lightning_modules.ecodiff.objective import SparsityTarget, final_latent_loss, per_step_loss
-from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, prune
+from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, centred_logits, prune
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import (
     MaskBank,
@@ -59,7 +59,11 @@ class EcoDiff(SafelightModule):
         head_lr: AdamW learning rate of the heads' logits (paper: .1 SDXL, .5 FLUX).
         neuron_lr: of the neurons' logits (paper: .1).
         modulation_lr: of the modulation outputs' logits (paper: .5 FLUX).
-        init: initial logit (paper: 3). It must lie inside the active zone of the gates, below ``saturation_logit``.
+        warm_start: start from the one-shot second-order ranking of the calibration samples, its threshold at logit 0,
+            instead of ``init`` everywhere (beyond the paper): learning then refines the ranking near the threshold, where
+            it matters, and accounts for units that can replace each other.
+        warm_spread: logit of the best-ranked unit if the threshold were at the very bottom; the scale of that start.
+        init: initial logit without warm start (paper: 3). It must lie inside the active zone of the gates, below ``saturation_logit``.
         delta: softener of the gate's noise (paper: .1 FLUX, .5 SDXL).
         beta: weight of the regulariser; the paper's hand-tuned way to sparsity.
         regulariser: ``l0`` (final paper), ``l1`` (as the authors shipped it), ``l1_sigmoid`` (their FLUX configs), ``l2``.
@@ -85,7 +89,7 @@ class EcoDiff(SafelightModule):
 
     frozen = ("denoiser", "vae")
     metric_names = (*_COMMON, "flops_ratio", "latency_ratio")
-    control_names = ("random", "magnitude", "one_shot")
+    control_names = ("random", "magnitude", "one_shot", "uncorrected")
     paper_numbers = {
         "keep_params": {"value": 0.781, "source": "SDXL, released masks: 2.089 of 2.567 B, 78.1 % of the prunable part"}
     }
@@ -100,6 +104,8 @@ class EcoDiff(SafelightModule):
         head_lr: Annotated[float, Ge(0)] = 0.1,
         neuron_lr: Annotated[float, Ge(0)] = 0.1,
         modulation_lr: Annotated[float, Ge(0)] = 0.1,
+        warm_start: bool = True,
+        warm_spread: Annotated[float, Gt(0)] = 6.0,
         init: float = 3.0,
         delta: Annotated[float, Gt(0)] = 0.1,
         beta: Annotated[float, Ge(0)] = 0.0,
@@ -145,11 +151,19 @@ class EcoDiff(SafelightModule):
         """Put the gates into the denoiser."""
         self.bank.attach(self.denoiser)
 
+    def on_train_start(self) -> None:
+        """Choose the calibration samples and start the logits, unless the run is being continued."""
+        if self.trainer.global_step > 0:
+            return
+        self.calibration_pairs = first_pairs(self.trainer.train_dataloader, self.hparams.correction_samples)
+        if self.hparams.warm_start:
+            scores = baseline_scores("one_shot", self.generator, self.specs, self.calibration(), 0)
+            self.bank.load_logits(centred_logits(scores, self._harden(scores), self.hparams.warm_spread))
+            self.target.start = self.expected_keep().item()
+
     def on_fit_end(self) -> None:
-        """Leave the denoiser dense, and the calibration samples the same on all ranks."""
+        """Leave the denoiser dense."""
         self.bank.detach()
-        # Here, where every rank still takes part: export runs on rank 0 alone.
-        self.calibration_pairs = self.trainer.strategy.broadcast(self.calibration_pairs)
 
     def configure_callbacks(self) -> list[Callback]:
         """Leave the denoiser dense also when training breaks."""
@@ -207,11 +221,6 @@ class EcoDiff(SafelightModule):
                 return self.generator.rollout(noise[rows], {key: value[rows] for key, value in cond.items()})
 
         target = self.targets.latents(prompts, seeds, dense)
-        known = set(self.calibration_pairs)
-        for pair in zip(prompts, seeds, strict=True):
-            if len(self.calibration_pairs) < self.hparams.correction_samples and pair not in known:
-                self.calibration_pairs.append(pair)
-                known.add(pair)
         return noise, cond, target
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -221,12 +230,14 @@ class EcoDiff(SafelightModule):
         return torch.optim.AdamW(groups, lr=self.hparams.neuron_lr, weight_decay=self.hparams.weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the calibration samples."""
+        """Add the calibration samples and where the sparsity target started."""
         checkpoint["calibration_pairs"] = [list(pair) for pair in self.calibration_pairs]
+        checkpoint["target_start"] = self.target.start
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the calibration samples back."""
+        """Take them back."""
         self.calibration_pairs = [(prompt, seed) for prompt, seed in checkpoint["calibration_pairs"]]
+        self.target.start = checkpoint["target_start"]
 
     # -- testing -----------------------------------------------------------------------------------------------------
 
@@ -300,8 +311,9 @@ class EcoDiff(SafelightModule):
         concepts = self._concepts()
         ours = self.pruned()
         self._log_variant("", self.masks(), ours, judge, concepts)
+        self._log_variant("uncorrected", self.masks(), prune(self.generator, self.masks()), judge, concepts)
         calibration = self.calibration()
-        for name in self.control_names:
+        for name in ("random", "magnitude", "one_shot"):
             draws = self.hparams.random_masks if name == "random" else 1
             for draw in range(draws):
                 seed = step_seed(self.hparams.seed, draw)
@@ -392,3 +404,19 @@ class EcoDiff(SafelightModule):
         masked = self.generator.decode(self.generator.rollout(noise, cond))
         self.bank.set_gates(before)
         writer.add_images("dense above, hardened below", torch.cat([dense, masked]).clamp(0, 1), step)
+
+
+def first_pairs(loader: Any, count: int) -> list[tuple[str, int]]:
+    """The first (prompt, seed) pairs of a loader's data set: the same on every rank, whatever the order of training.
+
+    Raises:
+        SafelightError: the data set cannot be indexed.
+    """
+    data = getattr(loader, "dataset", None)
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise SafelightError(
+            "train_dataloader: its data set has no __getitem__ and __len__, so there are no fixed samples to calibrate on"
+        )
+    items = [data[i] for i in range(min(count, len(data)))]
+    prompts, seeds = check_batch({key: [item[key] for item in items] for key in ("prompt", "seed")})
+    return list(zip(prompts, seeds, strict=True))

@@ -1,6 +1,6 @@
 """EcoDiff's objective: the masked sampler shall end where the dense one ended, with fewer units (arXiv 2412.02852).
 
-``L(logits) = E ||F(z_T, y) - F_gates(z_T, y)||^2 + beta * R(logits)`` with the whole sampling loop F inside the gradient.
+``L(logits) = E ||F(z_T, y) - F_gates(z_T, y)||^2 + beta * R(logits)``, the whole sampling loop F inside the gradient.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def fill(module: EcoDiff, report: Report) -> None:
         "Dense, pruned, and the controls",
         list(rows[-1]),
         [[row.get(column) for column in rows[-1]] for row in rows],
-        note="Random mask: mean over several masks. One-shot includes the same least-squares correction as ours; random "
-        "and magnitude are plain masks.",
+        note="Random mask: mean over several masks. One-shot includes the same least-squares correction as ours; "
+        "random and magnitude are plain masks.",
         controls=[LABELS[name] for name in controls],
         ours=[LABELS[""]],
         better={"latent MSE (median)": "lower", "SSIM": "higher", "recognised": "higher"},
@@ -122,8 +122,8 @@ def claim(module: EcoDiff) -> Claim:
         statement="The removed units do little for prompts like the held-out ones: without them the sampler ends "
         "near where the dense model ends.",
         evidence=[
-            f"{100 * (1 - ours['keep_params']):.1f} % of the prunable parameters were removed; the median squared error "
-            f"of the final latent is {ours['latent_mse_median']:.3g}",
+            f"{100 * (1 - ours['keep_params']):.1f} % of the prunable parameters were removed; the median squared "
+            f"error of the final latent is {ours['latent_mse_median']:.3g}",
             *(f"{LABELS[name]} at the same size: {error:.3g}" for name, error in controls.items()),
         ],
         controls_beaten=beaten,

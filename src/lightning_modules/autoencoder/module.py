@@ -130,7 +130,8 @@ class Autoencoder(SafelightModule):
         error = ((restored - images) / 2).square().mean(dim=(1, 2, 3))
         psnr = (-10 * error.log10()).mean()
         self.log_dict(
-            {f"{stage}/psnr": psnr, f"{stage}/l1": F.l1_loss(restored, images)}, batch_size=len(images),
+            {f"{stage}/psnr": psnr, f"{stage}/l1": F.l1_loss(restored, images)},
+            batch_size=len(images),
             sync_dist=True,
             add_dataloader_idx=False,
         )

@@ -60,6 +60,7 @@ class Clip(SafelightModule):
         seed: augmentation is a function of (seed, step, rank).
     """
 
+    frozen = ("_untrained",)
     metric_names = ("thing_accuracy", "caption_accuracy")
     control_names = ("untrained",)
 
@@ -121,14 +122,16 @@ class Clip(SafelightModule):
     def on_test_start(self) -> None:
         """Fresh counts, and an untrained model of the same architecture as control."""
         names = ("thing_accuracy", "caption_accuracy")
-        self._counts = {f"{who}{name}": ConceptAccuracy().to(self.device) for who in ("", "untrained/") for name in names}
+        self._counts = {
+            f"{who}{name}": ConceptAccuracy().to(self.device) for who in ("", "untrained/") for name in names
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self._untrained = CLIPModel(self.clip.config).to(self.device).eval()
         self._words = self.words("thing")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Zero-shot naming of the thing ("a <thing>"), and finding the right caption among the batch's; held-out only."""
+        """Zero-shot naming of the thing ("a <thing>"), and finding the caption among the batch's; held-out only."""
         if dataloader_idx > 0:
             return
         captions = list(batch["caption"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -60,13 +61,15 @@ class EcoDiff(SafelightModule):
         neuron_lr: of the neurons' logits (paper: .1).
         modulation_lr: of the modulation outputs' logits (paper: .5 FLUX).
         warm_start: start from the one-shot second-order ranking of the calibration samples, its threshold at logit 0,
-            instead of ``init`` everywhere (beyond the paper): learning then refines the ranking near the threshold, where
-            it matters, and accounts for units that can replace each other.
+            instead of ``init`` everywhere (beyond the paper): learning then refines the ranking near the threshold,
+            where it matters, and accounts for units that can replace each other.
         warm_spread: logit of the best-ranked unit if the threshold were at the very bottom; the scale of that start.
-        init: initial logit without warm start (paper: 3). It must lie inside the active zone of the gates, below ``saturation_logit``.
+        init: initial logit without warm start (paper: 3). It must lie inside the active zone of the gates, below
+            ``saturation_logit``.
         delta: softener of the gate's noise (paper: .1 FLUX, .5 SDXL).
         beta: weight of the regulariser; the paper's hand-tuned way to sparsity.
-        regulariser: ``l0`` (final paper), ``l1`` (as the authors shipped it), ``l1_sigmoid`` (their FLUX configs), ``l2``.
+        regulariser: ``l0`` (final paper), ``l1`` (as the authors shipped it), ``l1_sigmoid`` (their FLUX configs) or
+            ``l2``.
         price: what the regulariser, the target and the ranking count: ``params``, ``flops`` or ``units`` (paper).
         target_strength: strength of the augmented Lagrangian that steers the expected kept share to ``keep``; 0 leaves
             sparsity to ``beta`` alone.
@@ -90,9 +93,9 @@ class EcoDiff(SafelightModule):
     frozen = ("denoiser", "vae")
     metric_names = (*_COMMON, "flops_ratio", "latency_ratio")
     control_names = ("random", "magnitude", "one_shot", "uncorrected")
-    paper_numbers = {
-        "keep_params": {"value": 0.781, "source": "SDXL, released masks: 2.089 of 2.567 B, 78.1 % of the prunable part"}
-    }
+    paper_numbers = MappingProxyType(
+        {"keep_params": {"value": 0.781, "source": "SDXL, released masks: 78.1 % of the prunable part is left"}}
+    )
 
     def __init__(
         self,
@@ -415,7 +418,7 @@ def first_pairs(loader: Any, count: int) -> list[tuple[str, int]]:
     data = getattr(loader, "dataset", None)
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise SafelightError(
-            "train_dataloader: its data set has no __getitem__ and __len__, so there are no fixed samples to calibrate on"
+            "train_dataloader: its data set has no __getitem__ and __len__, so there are no fixed samples to calibrate"
         )
     items = [data[i] for i in range(min(count, len(data)))]
     prompts, seeds = check_batch({key: [item[key] for item in items] for key in ("prompt", "seed")})

@@ -49,7 +49,7 @@ class TextToImage(SafelightModule):
         seed: noise, noise levels and caption dropout are functions of (seed, step, rank).
     """
 
-    frozen = ("vae",)
+    frozen = ("vae", "_judge")
     metric_names = ("clip_accuracy_trained", "clip_accuracy_held_out")
     control_names = ("shuffled_captions",)
 
@@ -188,12 +188,14 @@ class TextToImage(SafelightModule):
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights in place for the length of a ``with`` block."""
         trained = {key: value.clone() for key, value in self.trained.state_dict().items()}
+        training = self.trained.training
         self.trained.load_state_dict(self.ema.state_dict())
         self.trained.eval()
         try:
             yield
         finally:
             self.trained.load_state_dict(trained)
+            self.trained.train(training)
 
     @torch.no_grad()
     def draw(self, captions: list[str], seeds: list[int]) -> Tensor:

@@ -48,7 +48,7 @@ def lora_targets(denoiser: nn.Module, names: Sequence[str] | None = None) -> lis
     return found
 
 
-def add_lora(denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float | None, seed: int) -> PeftModel:
+def add_lora(denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: int | None, seed: int) -> PeftModel:
     """Put adapters into a denoiser in place: ``W x + alpha / rank * B A x`` with Gaussian A and B = 0.
 
     Args:
@@ -66,7 +66,7 @@ def add_lora(denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: floa
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(denoiser, config)  # type: ignore[arg-type]
+        return get_peft_model(denoiser, config)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -67,7 +67,7 @@ class Heal(SafelightModule):
         keep: Annotated[float, Interval(gt=0, lt=1)] | None = 0.8,
         objective: Literal["step", "final", "denoise"] = "step",
         rank: Annotated[int, Ge(1)] = 16,
-        alpha: Annotated[float, Gt(0)] | None = None,
+        alpha: Annotated[int, Ge(1)] | None = None,
         targets: list[str] | None = None,
         lr: Annotated[float, Gt(0)] = 2e-3,
         warmup_steps: Annotated[int, Ge(0)] = 10,
@@ -120,12 +120,13 @@ class Heal(SafelightModule):
     def _dense(self, prompts: list[str], seeds: list[int], noise: Tensor, cond: Conditioning) -> Tensor:
         """Dense final latents (B, ...), or all T + 1 latents (B, T + 1, ...) for ``objective="step"``; cached."""
 
-        @torch.no_grad()
         def rollout(rows: list[int]) -> Tensor:
             part = noise[rows], {key: value[rows] for key, value in cond.items()}
-            if self.objective == "step":
-                return torch.stack(self.teacher.rollout(*part, trajectory=True), dim=1)
-            return self.teacher.rollout(*part)
+            with torch.no_grad():
+                if self.objective == "step":
+                    return torch.stack(self.teacher.rollout(*part, trajectory=True), dim=1)
+                final: Tensor = self.teacher.rollout(*part)
+            return final
 
         return self.targets.latents(prompts, seeds, rollout)
 

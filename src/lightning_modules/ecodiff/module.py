@@ -161,6 +161,8 @@ class EcoDiff(SafelightModule):
         self.calibration_pairs = first_pairs(self.trainer.train_dataloader, self.hparams.correction_samples)
         if self.hparams.warm_start:
             scores = baseline_scores("one_shot", self.generator, self.specs, self.calibration(), 0)
+            # Sums on a GPU differ from rank to rank in the last bits, and then in rank and logit.
+            scores = self.trainer.strategy.broadcast(scores)
             self.bank.load_logits(centred_logits(scores, self._harden(scores), self.hparams.warm_spread))
             self.target.start = self.expected_keep().item()
 
@@ -420,6 +422,12 @@ def first_pairs(loader: Any, count: int) -> list[tuple[str, int]]:
         raise SafelightError(
             "train_dataloader: its data set has no __getitem__ and __len__, so there are no fixed samples to calibrate"
         )
-    items = [data[i] for i in range(min(count, len(data)))]
-    prompts, seeds = check_batch({key: [item[key] for item in items] for key in ("prompt", "seed")})
-    return list(zip(prompts, seeds, strict=True))
+    pairs: list[tuple[str, int]] = []
+    for i in range(len(data)):
+        if len(pairs) >= count:
+            break
+        item = data[i]
+        if isinstance(item, dict) and isinstance(item.get("prompt"), str):
+            item = {key: [value] for key, value in item.items()}
+        pairs += zip(*check_batch(item), strict=True)
+    return pairs[:count]

@@ -17,6 +17,7 @@ LABELS = {
     "random": "random mask",
     "magnitude": "weight magnitude",
     "one_shot": "one-shot 2nd order",
+    "uncorrected": "ours, not corrected",
 }
 """Row names of the models that are compared; the empty name is the method itself."""
 

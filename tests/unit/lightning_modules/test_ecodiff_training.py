@@ -117,7 +117,7 @@ def test_hooks_go_when_training_breaks() -> None:
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             raise KeyError("planned")
 
-    module = Breaks(backbone=toy_generator(), judge=None)
+    module = Breaks(backbone=toy_generator(), judge=None, warm_start=False)
     with pytest.raises(KeyError, match="planned"):
         trainer().fit(module, loader())
     assert hooks(module.denoiser) == 0
@@ -219,7 +219,7 @@ def test_a_subclass_may_change_the_loss_only() -> None:
             reconstruction = super().training_step(batch, batch_idx)
             return 0.0 * reconstruction + sum(p.sum() for p in self.bank.parameters())  # type: ignore[return-value]
 
-    module = NegativeLogits(backbone=toy_generator(), judge=None)
+    module = NegativeLogits(backbone=toy_generator(), judge=None, warm_start=False)
     trainer(max_steps=2).fit(module, loader())
     # AdamW moves by its learning rate when all gradients are equal.
     assert torch.allclose(logits_of(module), torch.tensor(3 - 2 * 0.1), atol=1e-4)

@@ -1,0 +1,319 @@
+"""The modules that train the zoo, on tiny networks and a handful of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ecodiff_toys import trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from safelight.generators import Generator, generator_for
+from safelight.lightning_modules import Autoencoder, Clip, TextToImage
+from safelight.lightning_modules.autoencoder.module import whiten_latents
+from safelight.lightning_modules.randomness import step_generator
+from safelight.testing.pipelines import build_pipeline
+
+WORDS = ("ant", "bee", "cat", "dog")
+
+
+def pictures(size: int = 16, count: int = 8) -> list[dict[str, Any]]:
+    """Two-coloured pictures whose colour belongs to their word."""
+    source = torch.Generator().manual_seed(0)
+    colours = torch.rand(4, 3, 1, 1, generator=source) * 2 - 1
+    items = []
+    for index in range(count):
+        image = colours[index % 4].expand(3, size, size).clone()
+        image[:, : size // 2] *= 0.5 + 0.05 * (index // 4)
+        word = WORDS[index % 4]
+        items.append({"image": image, "caption": f"a {word} {index // 4}", "thing": word, "index": 10 + index})
+    return items
+
+
+def load(items: list[dict[str, Any]], batch_size: int = 4) -> DataLoader[Any]:
+    return DataLoader(items, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def generator(family: str, seed: int = 0) -> Generator:
+    pipeline = build_pipeline(family, seed)
+    denoiser = pipeline.unet if "unet" in family else pipeline.transformer
+    return generator_for(denoiser)(pipeline, num_inference_steps=2, height=16, width=16, guidance_scale=1.0)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize("family", ["flux", "unet_sdxl"])
+def test_first_loss_is_the_formula(family: str) -> None:
+    module = TextToImage(backbone=generator(family), lr=1e-9, empty_caption=0.5, seed=3)
+    batch = next(iter(load(pictures())))
+    losses = Losses()
+    module.trained.eval()  # the tiny T5 has dropout
+    trainer(max_steps=1, callbacks=[losses]).fit(module, load(pictures()))
+
+    other, pipeline = generator(family), module.generator.pipeline
+    vae = pipeline.vae
+    with torch.no_grad():
+        clean = vae.encode(batch["image"]).latent_dist.mean
+    clean = (clean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    random = step_generator(3, 0, 0)
+    clean = other._pack(clean)
+    noise = torch.randn(clean.shape, generator=random)
+    dropped = torch.rand(4, generator=random) < 0.5
+    assert 0 < dropped.sum() < 4
+    captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"], strict=True)]
+    cond = {key: value for key, value in other.encode(captions).items() if not key.startswith("negative")}
+    if family == "unet_sdxl":  # SDXL's unconditional rows are zeros
+        for key in ("prompt_embeds", "pooled_prompt_embeds"):
+            cond[key][dropped] = 0
+    wide = (-1, *[1] * (clean.ndim - 1))
+    if family == "flux":
+        level = torch.sigmoid(0.5 + 1.2 * torch.randn(4, generator=random))
+        noisy = clean + level.view(wide) * (noise - clean)
+        target, timestep = noise - clean, 1000 * level
+    else:
+        steps = torch.randint(0, 1000, (4,), generator=random)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        kept = torch.cumprod(1 - betas, 0)[steps].view(wide)
+        noisy, target, timestep = kept.sqrt() * clean + (1 - kept).sqrt() * noise, noise, steps.float()
+    with torch.no_grad():
+        squares = (other.denoise(noisy, timestep, cond) - target).square()
+    if family == "unet_sdxl":
+        squares = squares / kept  # the velocity's error
+    wanted = squares.mean().item()
+    assert losses.values[0] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["flux", "unet_sdxl"])
+def test_a_few_steps_learn_the_pictures(family: str) -> None:
+    module = TextToImage(backbone=generator(family), lr=1e-2, warmup_steps=2, empty_caption=0.0)
+    frozen = {key: value.clone() for key, value in module.vae.state_dict().items()}
+    text = {key: value.clone() for key, value in module.trained["text_encoder"].state_dict().items()}
+    losses = Losses()
+    trainer(max_steps=15, callbacks=[losses]).fit(module, load(pictures(), 8))
+    print(losses.values)
+    assert sum(losses.values[-4:]) < 0.85 * sum(losses.values[:4])
+    assert all(torch.equal(value, frozen[key]) for key, value in module.vae.state_dict().items())
+    moved = module.trained["text_encoder"].state_dict()
+    assert any(not torch.equal(value, text[key]) for key, value in moved.items())
+
+
+def test_average_follows_the_weights() -> None:
+    module = TextToImage(backbone=generator("flux"), lr=1e-2, warmup_steps=1, ema_decay=0.15)
+    before = {key: value.clone() for key, value in module.trained.state_dict().items()}
+    assert all(torch.equal(value, before[key]) for key, value in module.ema.state_dict().items())
+    trainer(max_steps=1).fit(module, load(pictures()))
+    after = module.trained.state_dict()
+    key = "denoiser.transformer_blocks.0.ff.net.2.weight"
+    assert not torch.equal(after[key], before[key])
+    decay = min(0.15, 2 / 11)
+    assert torch.allclose(module.ema.state_dict()[key], decay * before[key] + (1 - decay) * after[key], atol=1e-7)
+    with module.averaged():
+        assert torch.equal(module.trained.state_dict()[key], module.ema.state_dict()[key])
+    assert torch.equal(module.trained.state_dict()[key], after[key])
+    assert module.trained["denoiser"].training
+
+
+def test_pictures_are_encoded_once() -> None:
+    module = TextToImage(backbone=generator("flux"))
+    seen: list[int] = []
+    module.vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    batch = next(iter(load(pictures(), 8)))
+    first = module.latents(batch["image"], batch["index"])
+    again = module.latents(batch["image"][[1, 0]], batch["index"][[1, 0]])
+    assert seen == [8]
+    assert torch.equal(again, first[[1, 0]])
+    assert first.shape == (8, *module.generator.latent_shape)
+    back = module.generator.decode(first)
+    wanted = module.vae.decode(module.vae.encode(batch["image"]).latent_dist.mode()).sample
+    assert torch.allclose(back, (wanted / 2 + 0.5).clamp(0, 1), atol=1e-4)
+
+
+def test_conditioning_in_training_is_that_of_sampling() -> None:
+    for family in ("flux", "unet_sdxl"):
+        module = TextToImage(backbone=generator(family))
+        module.eval()
+        captions = ["a cat", "a dog 1"]
+        trained, sampled = module.condition(captions), module.generator.encode(captions)
+        assert trained.keys() == sampled.keys()
+        for key, value in trained.items():
+            assert torch.allclose(value.float(), sampled[key].float(), atol=1e-5), (family, key)
+        if family == "unet_sdxl":
+            empty = module.condition(["", "a cat"])["prompt_embeds"]
+            assert empty[0].abs().max() == 0
+            assert torch.allclose(empty[1], trained["prompt_embeds"][0], atol=1e-5)
+        loss = sum(value.square().sum() for key, value in trained.items() if key != "time_ids")
+        loss.backward()  # type: ignore[union-attr]
+        assert any(p.grad is not None and p.grad.norm() > 0 for p in module.trained["text_encoder"].parameters())
+
+
+def test_checkpoint_resumes_exactly_and_leaves_the_autoencoder_out(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    whole = TextToImage(backbone=generator("flux"), lr=1e-2)
+    whole.trained.eval()
+    trainer(max_steps=4, callbacks=[saver], enable_checkpointing=True).fit(whole, load(pictures()))
+    checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"trained", "ema"}
+    resumed = TextToImage(backbone=generator("flux", seed=5), lr=1e-2)
+    resumed.vae.load_state_dict(whole.vae.state_dict())
+    resumed.trained.eval()
+    trainer(max_steps=4).fit(resumed, load(pictures()), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_export_is_the_averaged_pipeline(tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+
+    module = TextToImage(backbone=generator("flux"), lr=1e-2, warmup_steps=1, ema_decay=0.9)
+    trainer(max_steps=3).fit(module, load(pictures()))
+    folder = module.export(tmp_path)
+    pipeline = FluxPipeline.from_pretrained(folder)
+    key = "transformer_blocks.0.ff.net.2.weight"
+    average = module.ema.state_dict()[f"denoiser.{key}"]
+    assert torch.equal(pipeline.transformer.state_dict()[key], average.half().float())
+    assert not torch.equal(average, module.trained.state_dict()[f"denoiser.{key}"])
+    text = pipeline.text_encoder.state_dict()
+    assert all(torch.equal(value, text[key]) for key, value in module.ema["text_encoder"].state_dict().items())
+    assert next(iter(text.values())).dtype == torch.float32
+    assert "from_pretrained" in (tmp_path / "README.md").read_text()
+
+
+def test_reset_forgets_the_weights() -> None:
+    old = generator("flux")
+    key = "transformer_blocks.0.ff.net.2.weight"
+    before = old.denoiser.state_dict()[key].clone()
+    kept = TextToImage(backbone=old)
+    assert torch.equal(kept.trained["denoiser"].state_dict()[key], before)
+    torch.manual_seed(9)
+    fresh = TextToImage(backbone=old, reset=True)
+    assert not torch.equal(fresh.trained["denoiser"].state_dict()[key], before)
+
+
+# -- autoencoder -----------------------------------------------------------------------------------------------------
+
+
+def small_autoencoder(**settings: Any) -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(block_out_channels=(8, 16), latent_channels=3, **settings)
+
+
+@torch.no_grad()
+def test_whitening_changes_the_latents_and_not_the_pictures() -> None:
+    model = small_autoencoder().autoencoder.double()
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+    old = model.encode(images).latent_dist
+    mean, std = old.mean.mean((0, 2, 3)), old.mean.var((0, 2, 3), correction=0).sqrt()
+    first = model.decoder.conv_in(old.mean)
+    whiten_latents(model, mean, std)
+    new = model.encode(images).latent_dist
+    assert torch.allclose(new.mean.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-10)
+    assert torch.allclose(new.mean.var((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-10)
+    assert torch.allclose(new.logvar, old.logvar - 2 * std.log().view(3, 1, 1), atol=1e-10)
+    again = model.decoder.conv_in(new.mean)
+    assert torch.allclose(again[..., 1:-1, 1:-1], first[..., 1:-1, 1:-1], atol=1e-10)
+    # Only what the padding stands for changes, so without a shift whole pictures stay.
+    before = model.decode(new.mean).sample
+    whiten_latents(model, torch.zeros(3).double(), torch.tensor([0.5, 2.0, 3.0]).double())
+    assert torch.allclose(model.decode(model.encode(images).latent_dist.mode()).sample, before, atol=1e-9)
+
+
+def test_autoencoder_learns_and_exports_whitened(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    module, losses = small_autoencoder(lr=1e-2, warmup_steps=5), Losses()
+    items = pictures(32, 16)
+    trainer(max_steps=30, callbacks=[losses]).fit(module, load(items, 16))
+    assert sum(losses.values[-5:]) < 0.7 * sum(losses.values[:5])
+    model = AutoencoderKL.from_pretrained(module.export(tmp_path))
+    assert (model.config.scaling_factor, model.config.shift_factor) == (1.0, 0.0)
+    images = torch.stack([item["image"] for item in items])
+    with torch.no_grad():
+        own, exported = module.eval()(images), model.decode(model.encode(images).latent_dist.mode()).sample
+    error = [F.l1_loss(pictures, images).item() for pictures in (own, exported)]
+    assert error[1] == pytest.approx(error[0], rel=0.1)
+
+
+def test_autoencoder_metrics_by_hand() -> None:
+    module = small_autoencoder().eval()
+    items = pictures(32, 4)
+    (numbers,) = trainer().test(module, load(items), verbose=False)
+    images = torch.stack([item["image"] for item in items])
+    with torch.no_grad():
+        restored = module(images).clamp(-1, 1)
+    squares = ((restored - images) / 2).square().mean((1, 2, 3))
+    assert numbers["test/psnr"] == pytest.approx((10 * torch.log10(1 / squares)).mean().item(), rel=1e-4)
+    assert numbers["test/l1"] == pytest.approx((restored - images).abs().mean().item(), rel=1e-4)
+
+
+# -- clip ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from safelight.zoo.skeletons import tiny_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    tiny_clip(folder)
+    return folder
+
+
+def emoji(count: int) -> list[dict[str, Any]]:
+    from safelight.datamodules.emoji import EmojiDataset, things
+
+    data = EmojiDataset("all", 64)
+    rows = [data[i * len(data) // len(things())] for i in range(count)]
+    return [row | {"caption": f"a {row['thing']}"} for row in rows]
+
+
+def test_clip_learns_to_name_what_it_saw(clip_folder: Path, tmp_path: Path) -> None:
+    from transformers import CLIPModel, CLIPProcessor
+
+    items = emoji(12)
+    module, losses = Clip(pretrained=str(clip_folder), lr=2e-3, warmup_steps=3, shift=1, noise=0.05), Losses()
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True, save_top_k=0, every_n_train_steps=40)
+    run = trainer(max_steps=40, callbacks=[losses, saver], enable_checkpointing=True)
+    run.fit(module, load(items, 12))
+    assert losses.values[0] == pytest.approx(2.5, abs=0.5)  # about ln 12
+    assert losses.values[-1] < 0.6 * losses.values[0]
+    for _ in range(2):  # a second test starts afresh
+        (numbers,) = trainer().test(
+            module, load(items, 12), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
+        )
+        assert numbers["test/thing_accuracy"] >= 0.8
+        assert numbers["test/caption_accuracy"] >= 0.8
+        assert numbers["test/untrained/thing_accuracy"] <= 0.4
+    folder = tmp_path / "export"
+    folder.mkdir()
+    model, processor = CLIPModel.from_pretrained(module.export(folder)), CLIPProcessor.from_pretrained(folder)
+    tokens = processor.tokenizer([items[0]["caption"]], padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        out = model(pixel_values=items[0]["image"][None], **{k: tokens[k] for k in ("input_ids", "attention_mask")})
+        module.eval()
+        own = [module.embed_images(items[0]["image"][None]), module.embed_text([items[0]["caption"]])]
+    for value, wanted in zip((out.image_embeds, out.text_embeds), own, strict=True):
+        assert torch.allclose(value, F.normalize(wanted, dim=-1), atol=1e-5)
+
+
+def test_text_to_image_is_judged_twice_with_the_same_result(clip_folder: Path) -> None:
+    module = TextToImage(backbone=generator("flux"), judge=str(clip_folder))
+    loaders = [load(pictures()), load(pictures())]
+    results: list[dict[str, Tensor]] = []
+    for _ in range(2):
+        numbers = trainer().test(module, loaders, verbose=False)
+        results.append({key.split("/dataloader")[0]: value for part in numbers for key, value in part.items()})
+        assert not [key for key in module.state_dict() if not key.startswith(("trained", "ema"))]
+    assert results[0] == results[1]
+    names = {f"test/{prefix}{name}" for prefix in ("", "shuffled_captions/") for name in module.metric_names}
+    assert set(results[0]) == names

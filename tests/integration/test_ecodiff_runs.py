@@ -1,4 +1,4 @@
-"""``train.py method=ecodiff`` on the shipped ``tiny_flux``: run folder, summary, artefact, evaluation, kill and resume."""
+"""``train.py method=ecodiff`` on ``tiny_flux``: run folder, summary, artefact, evaluation, kill and resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def environment() -> dict[str, str]:
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(script, *arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=280
+        command(script, *arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=600
     )
 
 
@@ -54,12 +53,12 @@ def logits(run_folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One whole small run, and what it printed."""
     folder = tmp_path_factory.mktemp("ecodiff")
     done = run(folder, "train.py", *SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
-    yield run_folder_of(folder), done.stdout
+    return run_folder_of(folder), done.stdout
 
 
 def test_run_folder_and_summary(finished: tuple[Path, str]) -> None:
@@ -134,7 +133,7 @@ def test_artefact_opens_without_safelight(finished: tuple[Path, str], tmp_path: 
     torch.save({"prompts": prompts, "noise": noise}, exchange)
     done = subprocess.run(
         [sys.executable, "-c", OPEN, str(exchange)], cwd=folder / "export", env=environment(), capture_output=True,
-        text=True, timeout=200,
+        text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(exchange, weights_only=True)
@@ -173,13 +172,13 @@ def test_killed_and_resumed_learns_the_same_masks(finished: tuple[Path, str], tm
         command("train.py", *short, "run_dir=killed"), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
-        last, deadline = tmp_path / "killed" / "checkpoints" / "last.ckpt", time.monotonic() + 200
+        last, deadline = tmp_path / "killed" / "checkpoints" / "last.ckpt", time.monotonic() + 600
         while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.kill()
     assert process.returncode == -9, "the run ended before it could be killed"
     step = read_checkpoint(last)["global_step"]
-    assert step in (2, 4)
+    assert step in (2, 4)  # the second epoch begins at 4: cached and new dense targets mix
     done = run(tmp_path, "train.py", *short, "run_dir=killed", "resume=auto")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"at step {step}" in done.stdout

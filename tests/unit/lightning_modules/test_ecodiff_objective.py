@@ -141,9 +141,7 @@ def test_memory_is_that_of_one_step(family: str) -> None:
 
 @pytest.mark.parametrize("mode", ["checkpoint", "manual"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_sample_costs_three_forwards_a_step(
-    family: str, mode: GradMode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_sample_costs_three_forwards_a_step(family: str, mode: GradMode, monkeypatch: pytest.MonkeyPatch) -> None:
     """T forwards, T - 1 (manual: T) recomputed ones, T backward passes; attention once per layer and forward."""
     steps = 5
     generator = bare_generator(family, steps)

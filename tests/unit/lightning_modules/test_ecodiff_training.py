@@ -11,13 +11,14 @@ import torch
 from ecodiff_toys import counted, loader, toy_ecodiff, toy_generator, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from safelight.datamodules.loading import ResumableLoader
 from safelight.datamodules.prompts import PromptDataset
 from safelight.errors import SafelightError
 from safelight.generators import generator_for
 from safelight.lightning_modules import EcoDiff
+from safelight.lightning_modules.ecodiff.pruning import baseline_scores, centred_logits
 from safelight.masking import MaskBank
 from safelight.testing.pipelines import build_pipeline
 
@@ -251,11 +252,38 @@ def test_dense_target_is_free_of_gates(objective: str) -> None:
 
 def test_resumed_training_is_the_same_training(tmp_path: Path) -> None:
     whole = toy_ecodiff(beta=0.01)
-    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    # Into the second epoch, where the batches mix the pairs anew.
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
     pairs = PromptDataset([str(i % 10) for i in range(16)])
     first, second = (ResumableLoader(pairs, batch_size=4, shuffle=True) for _ in range(2))
-    trainer(max_steps=4, callbacks=[saver], enable_checkpointing=True).fit(whole, first)
+    trainer(max_steps=8, callbacks=[saver], enable_checkpointing=True).fit(whole, first)
     resumed = toy_ecodiff(beta=0.01)
-    trainer(max_steps=4).fit(resumed, second, ckpt_path=os.fspath(tmp_path / "step=2.ckpt"), weights_only=True)
+    trainer(max_steps=8).fit(resumed, second, ckpt_path=os.fspath(tmp_path / "step=5.ckpt"), weights_only=True)
     assert torch.equal(logits_of(whole), logits_of(resumed))
     assert torch.equal(whole.target.multiplier, resumed.target.multiplier)
+
+
+def test_warm_start_is_the_one_shot_ranking_with_its_threshold_at_zero() -> None:
+    scores = {"a": torch.tensor([0.1, 5.0]), "b": torch.tensor([1e9, 0.2])}
+    logits = centred_logits(scores, {"a": torch.tensor([False, True]), "b": torch.tensor([True, True])}, 8.0)
+    assert logits["a"].tolist() == pytest.approx([8 * (0.125 - 0.25), 8 * (0.625 - 0.25)])
+    assert logits["b"].tolist() == pytest.approx([8 * (0.875 - 0.25), 8 * (0.375 - 0.25)])
+
+    module = toy_ecodiff(warm_start=True, head_lr=0.0, neuron_lr=0.0)
+    trainer(max_steps=1).fit(module, loader())
+    assert module.calibration_pairs == [(str(i), i) for i in range(8)]
+    one_shot = baseline_scores("one_shot", module.generator, module.specs, module.calibration(), 0)
+    wanted = torch.cat(list(one_shot.values())).argsort(stable=True)
+    assert torch.equal(logits_of(module).argsort(stable=True), wanted)
+    dropped = sum(int((~mask).sum()) for mask in module.masks().values())
+    assert int((logits_of(module) < 0).sum()) == dropped
+    assert module.target.start == pytest.approx(module.expected_keep().item())
+
+
+def test_iterable_data_sets_are_refused_with_a_reason() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            yield {"prompt": "1", "seed": 0}
+
+    with pytest.raises(SafelightError, match="no __getitem__ and __len__"):
+        trainer(max_steps=1).fit(toy_ecodiff(), DataLoader(Stream()))

@@ -65,9 +65,7 @@ def test_contrastive_loss_by_hand() -> None:
     image, text, scale = normal(4, 3), normal(4, 3, seed=1), 7.0
     cosine = [[float(a @ b / (a.norm() * b.norm())) for b in text] for a in image]
     rows = [math.log(sum(math.exp(scale * c) for c in row)) - scale * row[i] for i, row in enumerate(cosine)]
-    columns = [
-        math.log(sum(math.exp(scale * cosine[i][j]) for i in range(4))) - scale * cosine[j][j] for j in range(4)
-    ]
+    columns = [math.log(sum(math.exp(scale * cosine[i][j]) for i in range(4))) - scale * cosine[j][j] for j in range(4)]
     wanted = (sum(rows) / 4 + sum(columns) / 4) / 2
     assert contrastive_loss(image, text, torch.tensor(scale)).item() == pytest.approx(wanted, rel=1e-6)
     # Lengths do not matter, pairs do.

@@ -19,7 +19,7 @@ from safelight.generators.targets import DenseTargets, check_batch
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.ecodiff.evaluation import HeldOutBatch, Measured, compare_cost, measure
 from safelight.lightning_modules.ecodiff.objective import SparsityTarget, final_latent_loss, per_step_loss
-from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, centred_logits, prune
+from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, prune
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import (
     MaskBank,
@@ -60,11 +60,7 @@ class EcoDiff(SafelightModule):
         head_lr: AdamW learning rate of the heads' logits (paper: .1 SDXL, .5 FLUX).
         neuron_lr: of the neurons' logits (paper: .1).
         modulation_lr: of the modulation outputs' logits (paper: .5 FLUX).
-        warm_start: start from the one-shot second-order ranking of the calibration samples, its threshold at logit 0,
-            instead of ``init`` everywhere (beyond the paper): learning then refines the ranking near the threshold,
-            where it matters, and accounts for units that can replace each other.
-        warm_spread: logit of the best-ranked unit if the threshold were at the very bottom; the scale of that start.
-        init: initial logit without warm start (paper: 3). It must lie inside the active zone of the gates, below
+        init: initial logit (paper: 3). It must lie inside the active zone of the gates, below
             ``saturation_logit``.
         delta: softener of the gate's noise (paper: .1 FLUX, .5 SDXL).
         beta: weight of the regulariser; the paper's hand-tuned way to sparsity.
@@ -107,14 +103,12 @@ class EcoDiff(SafelightModule):
         head_lr: Annotated[float, Ge(0)] = 0.1,
         neuron_lr: Annotated[float, Ge(0)] = 0.1,
         modulation_lr: Annotated[float, Ge(0)] = 0.1,
-        warm_start: bool = True,
-        warm_spread: Annotated[float, Gt(0)] = 6.0,
         init: float = 3.0,
         delta: Annotated[float, Gt(0)] = 0.1,
         beta: Annotated[float, Ge(0)] = 0.0,
         regulariser: Literal["l0", "l1", "l1_sigmoid", "l2"] = "l0",
         price: Literal["units", "params", "flops"] = "params",
-        target_strength: Annotated[float, Ge(0)] = 1.0,
+        target_strength: Annotated[float, Ge(0)] = 2.0,
         target_anneal: Annotated[float, Interval(ge=0, le=1)] = 0.5,
         scope: Literal["global", "local"] = "global",
         min_per_layer: Annotated[int, Ge(0)] = 0,
@@ -155,16 +149,9 @@ class EcoDiff(SafelightModule):
         self.bank.attach(self.denoiser)
 
     def on_train_start(self) -> None:
-        """Choose the calibration samples and start the logits, unless the run is being continued."""
-        if self.trainer.global_step > 0:
-            return
-        self.calibration_pairs = first_pairs(self.trainer.train_dataloader, self.hparams.correction_samples)
-        if self.hparams.warm_start:
-            scores = baseline_scores("one_shot", self.generator, self.specs, self.calibration(), 0)
-            # Sums on a GPU differ from rank to rank in the last bits, and then in rank and logit.
-            scores = self.trainer.strategy.broadcast(scores)
-            self.bank.load_logits(centred_logits(scores, self._harden(scores), self.hparams.warm_spread))
-            self.target.start = self.expected_keep().item()
+        """Choose the calibration samples, unless the run is being continued."""
+        if self.trainer.global_step == 0:
+            self.calibration_pairs = first_pairs(self.trainer.train_dataloader, self.hparams.correction_samples)
 
     def on_fit_end(self) -> None:
         """Leave the denoiser dense."""
@@ -237,14 +224,12 @@ class EcoDiff(SafelightModule):
         return torch.optim.AdamW(groups, lr=self.hparams.neuron_lr, weight_decay=self.hparams.weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the calibration samples and where the sparsity target started."""
+        """Add the calibration samples."""
         checkpoint["calibration_pairs"] = [list(pair) for pair in self.calibration_pairs]
-        checkpoint["target_start"] = self.target.start
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take the calibration samples back."""
         self.calibration_pairs = [(prompt, seed) for prompt, seed in checkpoint["calibration_pairs"]]
-        self.target.start = checkpoint["target_start"]
 
     # -- testing -----------------------------------------------------------------------------------------------------
 

@@ -64,27 +64,6 @@ def one_shot_scores(generator: Generator, specs: Sequence[UnitSpec], calibration
         return second_order_scores(bank, final_latent, len(calibration), price="params")
 
 
-def centred_logits(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], spread: float) -> dict[str, Tensor]:
-    """Logits in the order of the scores, evenly spaced by rank, with 0 between what the masks drop and what they keep.
-
-    Ranks and not scores, because scores span many orders of magnitude and the gates' active zone does not.
-
-    Args:
-        scores: name to ``(n_units,)``; larger is kept.
-        masks: name to boolean ``(n_units,)``; how many units are to stay.
-        spread: distance between the logits of the best and the worst unit.
-
-    Returns:
-        Name to ``(n_units,)`` fp32 logits.
-    """
-    flat = torch.cat([score.flatten().float() for score in scores.values()])
-    dropped = 1 - sum(int(masks[name].sum()) for name in scores) / len(flat)
-    rank = torch.empty_like(flat)
-    rank[flat.argsort(stable=True)] = (torch.arange(len(flat), device=flat.device) + 0.5) / len(flat)
-    parts = (spread * (rank - dropped)).split([len(score) for score in scores.values()])
-    return dict(zip(scores, parts, strict=True))
-
-
 def baseline_scores(
     name: str, generator: Generator, specs: Sequence[UnitSpec], calibration: Calibration, seed: int
 ) -> dict[str, Tensor]:

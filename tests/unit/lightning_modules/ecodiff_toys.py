@@ -59,7 +59,7 @@ def loader(size: int = 8, batch_size: int = 4) -> DataLoader[Any]:
 
 
 def toy_ecodiff(generator: Generator | None = None, **settings: Any) -> EcoDiff:
-    chosen: dict[str, Any] = {"judge": None, "correction_samples": 8, "warm_start": False} | settings
+    chosen: dict[str, Any] = {"judge": None, "correction_samples": 8} | settings
     return EcoDiff(backbone=generator or toy_generator(), **chosen)
 
 

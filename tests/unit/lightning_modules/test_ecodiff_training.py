@@ -18,7 +18,6 @@ from safelight.datamodules.prompts import PromptDataset
 from safelight.errors import SafelightError
 from safelight.generators import generator_for
 from safelight.lightning_modules import EcoDiff
-from safelight.lightning_modules.ecodiff.pruning import baseline_scores, centred_logits
 from safelight.masking import MaskBank
 from safelight.testing.pipelines import build_pipeline
 
@@ -118,7 +117,7 @@ def test_hooks_go_when_training_breaks() -> None:
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             raise KeyError("planned")
 
-    module = Breaks(backbone=toy_generator(), judge=None, warm_start=False)
+    module = Breaks(backbone=toy_generator(), judge=None)
     with pytest.raises(KeyError, match="planned"):
         trainer().fit(module, loader())
     assert hooks(module.denoiser) == 0
@@ -220,7 +219,7 @@ def test_a_subclass_may_change_the_loss_only() -> None:
             reconstruction = super().training_step(batch, batch_idx)
             return 0.0 * reconstruction + sum(p.sum() for p in self.bank.parameters())  # type: ignore[return-value]
 
-    module = NegativeLogits(backbone=toy_generator(), judge=None, warm_start=False)
+    module = NegativeLogits(backbone=toy_generator(), judge=None)
     trainer(max_steps=2).fit(module, loader())
     # AdamW moves by its learning rate when all gradients are equal.
     assert torch.allclose(logits_of(module), torch.tensor(3 - 2 * 0.1), atol=1e-4)
@@ -261,23 +260,6 @@ def test_resumed_training_is_the_same_training(tmp_path: Path) -> None:
     trainer(max_steps=8).fit(resumed, second, ckpt_path=os.fspath(tmp_path / "step=5.ckpt"), weights_only=True)
     assert torch.equal(logits_of(whole), logits_of(resumed))
     assert torch.equal(whole.target.multiplier, resumed.target.multiplier)
-
-
-def test_warm_start_is_the_one_shot_ranking_with_its_threshold_at_zero() -> None:
-    scores = {"a": torch.tensor([0.1, 5.0]), "b": torch.tensor([1e9, 0.2])}
-    logits = centred_logits(scores, {"a": torch.tensor([False, True]), "b": torch.tensor([True, True])}, 8.0)
-    assert logits["a"].tolist() == pytest.approx([8 * (0.125 - 0.25), 8 * (0.625 - 0.25)])
-    assert logits["b"].tolist() == pytest.approx([8 * (0.875 - 0.25), 8 * (0.375 - 0.25)])
-
-    module = toy_ecodiff(warm_start=True, head_lr=0.0, neuron_lr=0.0)
-    trainer(max_steps=1).fit(module, loader())
-    assert module.calibration_pairs == [(str(i), i) for i in range(8)]
-    one_shot = baseline_scores("one_shot", module.generator, module.specs, module.calibration(), 0)
-    wanted = torch.cat(list(one_shot.values())).argsort(stable=True)
-    assert torch.equal(logits_of(module).argsort(stable=True), wanted)
-    dropped = sum(int((~mask).sum()) for mask in module.masks().values())
-    assert int((logits_of(module) < 0).sum()) == dropped
-    assert module.target.start == pytest.approx(module.expected_keep().item())
 
 
 def test_iterable_data_sets_are_refused_with_a_reason() -> None:

@@ -108,7 +108,7 @@ class EcoDiff(SafelightModule):
         beta: Annotated[float, Ge(0)] = 0.0,
         regulariser: Literal["l0", "l1", "l1_sigmoid", "l2"] = "l0",
         price: Literal["units", "params", "flops"] = "params",
-        target_strength: Annotated[float, Ge(0)] = 2.0,
+        target_strength: Annotated[float, Ge(0)] = 1.0,
         target_anneal: Annotated[float, Interval(ge=0, le=1)] = 0.5,
         scope: Literal["global", "local"] = "global",
         min_per_layer: Annotated[int, Ge(0)] = 0,

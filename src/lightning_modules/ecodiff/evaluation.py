@@ -42,10 +42,18 @@ class HeldOutBatch:
 
 @dataclass
 class Measured:
-    """Metrics of one model, and a few of its pictures."""
+    """Metrics of one model, a few of its pictures, and what one denoiser call costs."""
 
     metrics: dict[str, float]
     pictures: list[Tensor] = field(default_factory=list)
+    cost: dict[str, Any] = field(default_factory=dict)
+
+
+def mean_of(results: Sequence[Measured]) -> Measured:
+    """Several draws of one control: mean metrics, the pictures and cost of the first draw."""
+    first = results[0]
+    metrics = {key: sum(result.metrics[key] for result in results) / len(results) for key in first.metrics}
+    return Measured(metrics, first.pictures, first.cost)
 
 
 def recognise(judge: ClipJudge, pictures: Tensor, concepts: Sequence[str]) -> Tensor:

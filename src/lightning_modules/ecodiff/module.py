@@ -17,7 +17,7 @@ from safelight.errors import SafelightError
 from safelight.generators import Generator, load_generator
 from safelight.generators.targets import DenseTargets, check_batch
 from safelight.lightning_modules.base import SafelightModule
-from safelight.lightning_modules.ecodiff.evaluation import HeldOutBatch, Measured, compare_cost, measure
+from safelight.lightning_modules.ecodiff.evaluation import HeldOutBatch, Measured, compare_cost, mean_of, measure
 from safelight.lightning_modules.ecodiff.objective import SparsityTarget, final_latent_loss, per_step_loss
 from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, prune
 from safelight.lightning_modules.randomness import step_seed
@@ -25,7 +25,6 @@ from safelight.masking import (
     MaskBank,
     find_units,
     harden,
-    kept_fraction,
     prunable_params,
     removed_params,
     save_masks,
@@ -140,7 +139,6 @@ class EcoDiff(SafelightModule):
         self.history: list[tuple[int, Tensor, Tensor]] = []
         self._held_out: list[HeldOutBatch] = []
         self.measured: dict[str, Measured] = {}
-        self.cost: dict[str, Any] = {}
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -267,7 +265,7 @@ class EcoDiff(SafelightModule):
 
     def on_test_start(self) -> None:
         """Forget what an earlier test collected."""
-        self._held_out, self.measured, self.cost = [], {}, {}
+        self._held_out, self.measured = [], {}
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Let the dense model draw the held-out samples; the pruned ones follow at the end, one model at a time."""
@@ -301,52 +299,40 @@ class EcoDiff(SafelightModule):
         """
         judge = ClipJudge(self.hparams.judge).to(self.device) if self.hparams.judge and self.vae is not None else None
         concepts = self._concepts()
-        ours = self.pruned()
-        self._log_variant("", self.masks(), ours, judge, concepts)
-        self._log_variant("uncorrected", self.masks(), prune(self.generator, self.masks()), judge, concepts)
+        self.measured[""] = self._measure(self.masks(), self.pruned(), judge, concepts)
+        plain = prune(self.generator, self.masks())
+        self.measured["uncorrected"] = self._measure(self.masks(), plain, judge, concepts)
         calibration = self.calibration()
         for name in ("random", "magnitude", "one_shot"):
-            draws = self.hparams.random_masks if name == "random" else 1
-            for draw in range(draws):
+            results = []
+            for draw in range(self.hparams.random_masks if name == "random" else 1):
                 seed = step_seed(self.hparams.seed, draw)
                 masks = self._harden(baseline_scores(name, self.generator, self.specs, calibration, seed))
                 # Only the one-shot method includes the correction; the paper's controls are plain masks.
                 corrected = calibration if name == "one_shot" else None
                 smaller = prune(self.generator, masks, corrected, self.hparams.correction_ridge)
-                self._log_variant(name, masks, smaller, judge, concepts, share=1 / draws)
+                results.append(self._measure(masks, smaller, judge, concepts))
+            self.measured[name] = mean_of(results)
+        for name, result in self.measured.items():
+            prefix = f"test/{name}/" if name else "test/"
+            self.log_dict({prefix + key: value for key, value in result.metrics.items()}, sync_dist=False)
 
-    def _log_variant(
-        self,
-        name: str,
-        masks: dict[str, Tensor],
-        smaller: Generator,
-        judge: ClipJudge | None,
-        concepts: list[str],
-        share: float = 1.0,
-    ) -> None:
-        """Measure one pruned model and log it; several draws of a control are averaged by their shares."""
+    def _measure(
+        self, masks: dict[str, Tensor], smaller: Generator, judge: ClipJudge | None, concepts: list[str]
+    ) -> Measured:
+        """All metrics of one pruned model."""
         result = measure(smaller, self._held_out, judge, concepts)
-        total = prunable_params(self.specs)
-        result.metrics["keep_params"] = 1 - removed_params(masks, self.specs) / total
         prunable: dict[str, tuple[int, int]] = {}
         for kind in dict.fromkeys(spec.kind for spec in self.specs):
             specs = [spec for spec in self.specs if spec.kind == kind]
-            own = {spec.name: masks[spec.name] for spec in specs}
             whole = prunable_params(specs)
-            prunable[kind] = (whole, round(kept_fraction(own, specs, "params") * whole))
-        cost = compare_cost(self.generator, smaller, self._held_out[0], prunable)
-        result.metrics["flops_ratio"] = cost["ratio"]["flops"]
-        result.metrics["latency_ratio"] = cost["ratio"]["latency"]
-        prefix = f"test/{name}/" if name else "test/"
-        before = self.measured.get(name)
-        metrics = {key: value * share for key, value in result.metrics.items()}
-        if before is not None:
-            metrics = {key: value + before.metrics[key] for key, value in metrics.items()}
-            result.pictures = before.pictures
-        self.measured[name] = Measured(metrics, result.pictures)
-        if not name:
-            self.cost = cost
-        self.log_dict({prefix + key: value for key, value in metrics.items()}, sync_dist=False)
+            own = {spec.name: masks[spec.name] for spec in specs}
+            prunable[kind] = (whole, whole - removed_params(own, specs))
+        result.cost = compare_cost(self.generator, smaller, self._held_out[0], prunable)
+        result.metrics["keep_params"] = 1 - removed_params(masks, self.specs) / prunable_params(self.specs)
+        result.metrics["flops_ratio"] = result.cost["ratio"]["flops"]
+        result.metrics["latency_ratio"] = result.cost["ratio"]["latency"]
+        return result
 
     # -- what is left behind -----------------------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ def fill(module: EcoDiff, report: Report) -> None:
         ours=[LABELS[""]],
         better={"latent MSE (median)": "lower", "SSIM": "higher", "recognised": "higher"},
     )
-    report.add_table("Cost of one denoiser call", ["", "dense", "pruned", "ratio"], cost_rows(module.cost))
+    report.add_table("Cost of one denoiser call", ["", "dense", "pruned", "ratio"], cost_rows(ours.cost))
     masks = module.masks()
     report.add_bars(
         "Units kept per layer",

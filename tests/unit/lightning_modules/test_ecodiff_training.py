@@ -18,7 +18,9 @@ from safelight.datamodules.prompts import PromptDataset
 from safelight.errors import SafelightError
 from safelight.generators import generator_for
 from safelight.lightning_modules import EcoDiff
-from safelight.masking import MaskBank
+from safelight.lightning_modules.ecodiff.pruning import baseline_scores, prune
+from safelight.lightning_modules.randomness import step_seed
+from safelight.masking import MaskBank, harden
 from safelight.testing.pipelines import build_pipeline
 
 
@@ -269,3 +271,28 @@ def test_iterable_data_sets_are_refused_with_a_reason() -> None:
 
     with pytest.raises(SafelightError, match="no __getitem__ and __len__"):
         trainer(max_steps=1).fit(toy_ecodiff(), DataLoader(Stream()))
+
+
+def test_logged_controls_are_means_over_their_masks() -> None:
+    """Lightning averages a key that is logged twice in one hook, so several random masks are averaged before."""
+    module = toy_ecodiff(random_masks=3, keep=0.6)
+    run = trainer(max_steps=2)
+    run.fit(module, loader())
+    run.test(module, loader(), verbose=False)
+    logged = {key: float(value) for key, value in run.callback_metrics.items()}
+    for name, result in module.measured.items():
+        for key, value in result.metrics.items():
+            assert logged[f"test/{name}/{key}" if name else f"test/{key}"] == pytest.approx(value, rel=1e-6)
+    medians = []
+    for draw in range(3):
+        scores = baseline_scores("random", module.generator, module.specs, module.calibration(), step_seed(0, draw))
+        smaller = prune(module.generator, harden(scores, module.specs, keep=0.6, price="params"))
+        errors = []
+        for batch in loader():
+            noise = module.generator.noise(batch["seed"])
+            cond = module.generator.encode(batch["prompt"])
+            with torch.no_grad():
+                difference = smaller.rollout(noise, cond) - module.generator.rollout(noise, cond)
+            errors.append(difference.square().flatten(1).mean(1))
+        medians.append(torch.cat(errors).quantile(0.5).item())
+    assert logged["test/random/latent_mse_median"] == pytest.approx(sum(medians) / 3, rel=1e-4)

@@ -6,10 +6,10 @@ Folders are discovered: a class is exported under its name when ``<folder>/modul
 from __future__ import annotations
 
 import re
-from functools import cache
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from safelight.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from safelight.lightning_modules.autoencoder.module import Autoencoder as Autoencoder
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from safelight.lightning_modules.text_to_image.module import TextToImage as TextToImage
 
 
-@cache
 def _homes() -> dict[str, str]:
     """Class name to the module that defines it, read from the sources without importing them."""
     homes = {"SafelightModule": "base"}
@@ -30,11 +29,4 @@ def _homes() -> dict[str, str]:
     return homes
 
 
-def __getattr__(name: str) -> Any:
-    if name.startswith("_") or name not in _homes():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_homes()[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(_homes())
+__getattr__, __dir__ = lazy_exports(__name__, _homes())

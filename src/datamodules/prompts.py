@@ -114,7 +114,7 @@ class PromptDataModule(LightningDataModule):
             self.concepts = [thing.name for thing in things()]
             chosen = {}
             for split, size in (("train", self.size), ("held_out", self.test_size)):
-                every = scenes(split)
+                every = scenes("train" if split == "train" else "held_out")
                 order = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.seed))
                 chosen[split] = [every[i] for i in order[:size].tolist()]
             train, test = chosen["train"], chosen["held_out"]

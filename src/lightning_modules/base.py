@@ -37,6 +37,12 @@ class SafelightModule(LightningModule):
     monitor: ClassVar[str | None] = None
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
+    if TYPE_CHECKING:
+
+        @property
+        def hparams(self) -> Any:
+            """The constructor's arguments as attributes; Lightning's own annotation knows none of them."""
+
     def __init__(self) -> None:
         super().__init__()
         self.strict_loading = False
@@ -48,7 +54,7 @@ class SafelightModule(LightningModule):
             if isinstance(module, nn.Module):
                 yield module
 
-    def freeze(self) -> None:
+    def freeze_parts(self) -> None:
         """Put the frozen parts in eval mode and stop their gradients; call when they have been built."""
         for module in self.frozen_modules():
             module.eval().requires_grad_(False)
@@ -60,7 +66,7 @@ class SafelightModule(LightningModule):
             module.eval()
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """State of the trained parts; the frozen ones are rebuilt from where they came from."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")

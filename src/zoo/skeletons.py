@@ -12,11 +12,11 @@ import json
 import string
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
-    DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -66,7 +66,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     )
     learner.train_from_iterator(words(), settings)
     model = json.loads(learner.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
+    merges: Any = [tuple(merge) for merge in model["merges"]]
     pieces = [*single, *("".join(merge) for merge in merges)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
@@ -97,7 +97,7 @@ def clip_text_config(width: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def tiny_flux(vae: AutoencoderKL) -> FluxPipeline:
+def tiny_flux(vae: Any) -> FluxPipeline:
     """FLUX in small: 2 double and 4 single blocks of width 128, on 8×8 packed latent tokens of a 64 px picture."""
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     width = 128
@@ -135,7 +135,7 @@ def tiny_flux(vae: AutoencoderKL) -> FluxPipeline:
     )
 
 
-def tiny_sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+def tiny_sdxl(vae: Any) -> StableDiffusionXLPipeline:
     """SDXL in small: a U-Net of widths 48 and 96 with two text encoders and ``text_time`` conditioning."""
     clip = clip_tokenizer()
     text, pooled = 64, 64
@@ -209,7 +209,7 @@ def main() -> None:
         tiny_clip(arguments.folder)
         return
     vae = AutoencoderKL.from_pretrained(arguments.vae)
-    pipeline: DiffusionPipeline = {"tiny_flux": tiny_flux, "tiny_sdxl": tiny_sdxl}[arguments.name](vae)
+    pipeline: Any = (tiny_flux if arguments.name == "tiny_flux" else tiny_sdxl)(vae)
     pipeline.save_pretrained(arguments.folder)
 
 

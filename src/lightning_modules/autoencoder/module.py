@@ -24,7 +24,7 @@ def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whiten_latents(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+def whiten_latents(autoencoder: Any, mean: Tensor, std: Tensor) -> None:
     """Rescale the latent space in place so that each channel has mean 0 and variance 1, exactly.
 
     The encoder's last convolution and the decoder's first take up the change, so pictures stay as they were, and
@@ -61,7 +61,8 @@ class Autoencoder(SafelightModule):
     """
 
     metric_names = ("psnr", "l1")
-    monitor = None
+    latent_mean: Tensor
+    latent_square: Tensor
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Autoencoder(SafelightModule):
         self.save_hyperparameters()
         levels = len(block_out_channels)
         self.lr, self.warmup_steps, self.kl_weight, self.edge_weight = lr, warmup_steps, kl_weight, edge_weight
-        self.autoencoder = AutoencoderKL(
+        autoencoder: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=tuple(block_out_channels),
@@ -90,14 +91,15 @@ class Autoencoder(SafelightModule):
             shift_factor=0.0,
             sample_size=64,
         )
-        self.autoencoder.to(memory_format=torch.channels_last)
+        self.autoencoder: Any = autoencoder.to(memory_format=torch.channels_last)
         # Running moments of the latents, for the whitening at export.
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_square", torch.ones(latent_channels))
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstructions of (B, 3, H, W) pictures through the latent means."""
-        return self.autoencoder.decode(self.autoencoder.encode(images).latent_dist.mode()).sample
+        restored: Tensor = self.autoencoder.decode(self.autoencoder.encode(images).latent_dist.mode()).sample
+        return restored
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Absolute error + edges + KL."""
@@ -112,7 +114,8 @@ class Autoencoder(SafelightModule):
             self.latent_mean.lerp_(mean.mean(dim=(0, 2, 3)), 0.01)
             self.latent_square.lerp_(mean.square().mean(dim=(0, 2, 3)), 0.01)
         self.log_dict({"train/l1": absolute, "train/edges": edges, "train/kl": kl})
-        return absolute + self.edge_weight * edges + self.kl_weight * kl
+        loss: Tensor = absolute + self.edge_weight * edges + self.kl_weight * kl
+        return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Reconstruction error on held-out pictures."""
@@ -148,7 +151,7 @@ class Autoencoder(SafelightModule):
     def export(self, folder: Path) -> Path:
         """Write the autoencoder as a diffusers folder, its latents whitened."""
         std = (self.latent_square - self.latent_mean.square()).clamp_min(1e-8).sqrt()
-        model = AutoencoderKL.from_config(self.autoencoder.config)
+        model: Any = AutoencoderKL.from_config(self.autoencoder.config)
         model.load_state_dict(self.autoencoder.state_dict())
         whiten_latents(model.cpu(), self.latent_mean.cpu(), std.cpu())
         model.save_pretrained(folder)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge, Gt
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
@@ -127,7 +127,8 @@ class Clip(SafelightModule):
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self._untrained = CLIPModel(self.clip.config).to(self.device).eval()
+            untrained: nn.Module = CLIPModel(self.clip.config)
+            self._untrained = untrained.to(self.device).eval()
         self._words = self.words("thing")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -137,7 +138,7 @@ class Clip(SafelightModule):
         captions = list(batch["caption"])
         asked = torch.tensor([self._words.index(thing) for thing in batch["thing"]], device=self.device)
         own = torch.tensor([captions.index(caption) for caption in captions], device=self.device)
-        trained = self.clip
+        trained: Any = self.clip
         for who, model in (("", trained), ("untrained/", self._untrained)):
             self.clip = model
             image = F.normalize(self.embed_images(batch["image"]), dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
@@ -97,7 +98,7 @@ class EcoDiff(SafelightModule):
         *,
         backbone: str | dict[str, Any] | Generator = "tiny_flux",
         keep: Annotated[float, Interval(gt=0, le=1)] = 0.8,
-        kinds: list[Literal["head", "neuron", "modulation"]] | tuple[str, ...] = ("head", "neuron"),
+        kinds: Sequence[Literal["head", "neuron", "modulation"]] = ("head", "neuron"),
         pattern: str | None = None,
         head_lr: Annotated[float, Ge(0)] = 0.1,
         neuron_lr: Annotated[float, Ge(0)] = 0.1,
@@ -132,7 +133,7 @@ class EcoDiff(SafelightModule):
         self.specs = find_units(self.denoiser, kinds, pattern)
         self.bank = MaskBank(self.specs, init=init, delta=delta)
         self.target = SparsityTarget(keep, target_strength, target_anneal, start=self.expected_keep().item())
-        self.freeze()
+        self.freeze_parts()
         self.targets = DenseTargets(self.generator, targets_folder)
         # What the correction is computed from; travels in the checkpoint so that eval.py repeats the numbers.
         self.calibration_pairs: list[tuple[str, int]] = []
@@ -180,7 +181,8 @@ class EcoDiff(SafelightModule):
         )
         self.log("train/loss", loss + sparsity, prog_bar=True, batch_size=len(noise))
         self.history.append((self.trainer.global_step, loss.detach(), kept.detach()))
-        return loss + sparsity
+        total: Tensor = loss + sparsity
+        return total
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the multiplier of the sparsity target.
@@ -390,7 +392,7 @@ def first_pairs(loader: Any, count: int) -> list[tuple[str, int]]:
     Raises:
         SafelightError: the data set cannot be indexed.
     """
-    data = getattr(loader, "dataset", None)
+    data: Any = getattr(loader, "dataset", None)
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise SafelightError(
             "train_dataloader: its data set has no __getitem__ and __len__, so there are no fixed samples to calibrate"

@@ -50,7 +50,12 @@ class Calibration:
         for k in range(len(self)):
             noise, cond = self.part(k)
             inputs += [(z, i, cond) for i, z in enumerate(generator.rollout(noise, cond, trajectory=True)[:-1])]
-        return lambda: [generator.predict(z, i, cond) for z, i, cond in inputs] and None
+
+        def run() -> None:
+            for z, i, cond in inputs:
+                generator.predict(z, i, cond)
+
+        return run
 
 
 def one_shot_scores(generator: Generator, specs: Sequence[UnitSpec], calibration: Calibration) -> dict[str, Tensor]:

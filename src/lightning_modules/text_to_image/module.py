@@ -85,15 +85,15 @@ class TextToImage(SafelightModule):
         self.trained.requires_grad_(True).train()
         self.ema = copy.deepcopy(self.trained).requires_grad_(False).eval()
         self.vae = pipeline.vae
-        self.freeze()
+        self.freeze_parts()
         self._latents: dict[int, Tensor] = {}
         self._captions: list[str] = []
 
     def _reset(self) -> None:
         """Replace the weights by those of freshly built networks of the same configuration."""
         for module in self.trained.values():
-            config = module.config
-            fresh = type(module).from_config(config) if hasattr(type(module), "from_config") else type(module)(config)
+            kind: Any = type(module)
+            fresh = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
             module.load_state_dict(fresh.state_dict())
 
     # -- training ----------------------------------------------------------------------------------------------------

@@ -252,8 +252,11 @@ def test_full_size_settings_are_the_published_ones() -> None:
     assert {f"ecodiff-{name}" for name in published} <= tuned
     for path in (CONFIGS / "tuned").glob("ecodiff-*.yaml"):
         assert path.read_text().startswith("# @package _global_\n# ")
-        keys = "beta head_lr neuron_lr modulation_lr init delta regulariser kinds"
-        assert list(yaml.safe_load(path.read_text())["method"]) == keys.split()
+        keys = "beta head_lr neuron_lr modulation_lr init delta regulariser kinds target_strength"
+        settings = yaml.safe_load(path.read_text())["method"]
+        assert list(settings) == keys.split()
+        # The authors reach their sparsity by beta alone.
+        assert settings["target_strength"] == 0 < settings["beta"]
 
 
 def test_import_is_light() -> None:

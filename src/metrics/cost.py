@@ -85,7 +85,7 @@ def _synchroniser(device: torch.device) -> Callable[[], None]:
     return lambda: torch.accelerator.synchronize(device)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Follows the storages that operators create inside the block and remembers the most bytes alive at once."""
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ def peak_activation_bytes(call: Call, device: str | torch.device = "cpu") -> int
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    live = _LiveBytes()
+    live = LiveBytes()
     with live:
         call()
     return live.peak

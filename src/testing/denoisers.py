@@ -6,12 +6,15 @@ blocks, a context-pre-only last block, dual attention, odd head counts), so test
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from safelight.generators import Generator
 
 Family = Literal["flux", "sd3", "unet_sdxl", "unet_sd", "dit"]
 FAMILIES: tuple[Family, ...] = ("flux", "sd3", "unet_sdxl", "unet_sd", "dit")
@@ -184,3 +187,20 @@ def example_inputs(denoiser: nn.Module, batch: int = 2, seed: int = 0, tokens: i
             time_ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(batch, 1).to(weight)
             inputs["added_cond_kwargs"] = {"text_embeds": normal(batch, pooled), "time_ids": time_ids}
     return inputs
+
+
+def random_conditioning(generator: Generator, batch: int = 2) -> dict[str, Tensor]:
+    """Random conditioning rows, negative ones included, for a generator built around a bare tiny denoiser."""
+    config: Any = generator.config
+    if generator.family == "dit":
+        none = torch.full((batch,), config.num_embeds_ada_norm)
+        return {"class_labels": torch.arange(batch), "negative_class_labels": none}
+    source = torch.Generator().manual_seed(5)
+    shapes = {"prompt_embeds": (5, config.get("joint_attention_dim") or config.get("cross_attention_dim"))}
+    if generator.family != "unet" or config.addition_embed_type == "text_time":
+        shapes["pooled_prompt_embeds"] = (config.get("pooled_projection_dim") or 32,)
+    names = [prefix + name for name in shapes for prefix in ("", "negative_")]
+    cond = {name: torch.randn(batch, *shapes[name.removeprefix("negative_")], generator=source) for name in names}
+    if generator.family == "unet" and config.addition_embed_type == "text_time":
+        cond["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * batch)
+    return cond

@@ -175,13 +175,13 @@ class EcoDiff(SafelightModule):
         sparsity = self.hparams.beta * self.bank.regulariser(self.hparams.regulariser, self.hparams.price)
         if self.hparams.target_strength > 0:
             sparsity = sparsity + self.target.penalty(kept, self.progress())
+        total: Tensor = loss + sparsity
         self.log_dict(
             {"train/reconstruction": loss, "train/sparsity": sparsity, "train/expected_keep": kept},
             batch_size=len(noise),
         )
-        self.log("train/loss", loss + sparsity, prog_bar=True, batch_size=len(noise))
+        self.log("train/loss", total, prog_bar=True, batch_size=len(noise))
         self.history.append((self.trainer.global_step, loss.detach(), kept.detach()))
-        total: Tensor = loss + sparsity
         return total
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -301,9 +301,10 @@ class EcoDiff(SafelightModule):
         """
         judge = ClipJudge(self.hparams.judge).to(self.device) if self.hparams.judge and self.vae is not None else None
         concepts = self._concepts()
-        self.measured[""] = self._measure(self.masks(), self.pruned(), judge, concepts)
-        plain = prune(self.generator, self.masks())
-        self.measured["uncorrected"] = self._measure(self.masks(), plain, judge, concepts)
+        learned = self.masks()
+        self.measured[""] = self._measure(learned, self.pruned(), judge, concepts)
+        plain = prune(self.generator, learned)
+        self.measured["uncorrected"] = self._measure(learned, plain, judge, concepts)
         calibration = self.calibration()
         for name in ("random", "magnitude", "one_shot"):
             results = []

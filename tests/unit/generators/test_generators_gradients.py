@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from safelight.errors import SafelightError
 from safelight.generators import Generator, VelocityGenerator, generator_for
-from safelight.testing.denoisers import FAMILIES, build_denoiser
+from safelight.metrics.cost import LiveBytes
+from safelight.testing.denoisers import FAMILIES, build_denoiser, random_conditioning
 from safelight.testing.pipelines import build_pipeline
 
 
@@ -21,22 +20,6 @@ def bare_generator(family: str, steps: int, dtype: torch.dtype = torch.float64) 
     return generator_for(denoiser)(
         denoiser=denoiser, num_inference_steps=steps, guidance_scale=2.0, height=64, width=64
     )
-
-
-def random_conditioning(generator: Generator, batch: int = 2) -> dict[str, Tensor]:
-    config: Any = generator.config
-    if generator.family == "dit":
-        none = torch.full((batch,), config.num_embeds_ada_norm)
-        return {"class_labels": torch.arange(batch), "negative_class_labels": none}
-    source = torch.Generator().manual_seed(5)
-    shapes = {"prompt_embeds": (5, config.get("joint_attention_dim") or config.get("cross_attention_dim"))}
-    if generator.family != "unet" or config.addition_embed_type == "text_time":
-        shapes["pooled_prompt_embeds"] = (config.get("pooled_projection_dim") or 32,)
-    names = [prefix + name for name in shapes for prefix in ("", "negative_")]
-    cond = {name: torch.randn(batch, *shapes[name.removeprefix("negative_")], generator=source) for name in names}
-    if generator.family == "unet" and config.addition_embed_type == "text_time":
-        cond["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * batch)
-    return cond
 
 
 def hook_gates(denoiser: nn.Module) -> Tensor:
@@ -85,30 +68,6 @@ def test_gradient_equals_finite_difference() -> None:
     assert gradient[1].item() == pytest.approx((high - low) / (2 * width), rel=1e-6)
 
 
-class LivePeak(TorchDispatchMode):
-    """Largest number of bytes held at once by tensors created inside the block, the backward pass included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in self.seen:
-                    self.seen.add(storage)
-                    self._add(storage.nbytes())
-                    weakref.finalize(storage, self._add, -storage.nbytes())
-        return result
-
-    def _add(self, size: int) -> None:
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_step_checkpointing_holds_one_step(family: str) -> None:
     """Peak live bytes of forward and backward: constant in T but for the stored latents, versus growth with T."""
@@ -116,7 +75,7 @@ def test_step_checkpointing_holds_one_step(family: str) -> None:
     def peak(steps: int, checkpoint: str) -> int:
         generator = bare_generator(family, steps, torch.float32)
         gates = hook_gates(generator.denoiser)
-        with LivePeak() as tracker:
+        with LiveBytes() as tracker:
             gradients(generator, gates, checkpoint)
         return tracker.peak
 

@@ -84,22 +84,6 @@ def bare_generator(family: str, steps: int, dtype: torch.dtype = torch.float32, 
     return generator_for(denoiser)(denoiser=denoiser, num_inference_steps=steps, **chosen)
 
 
-def random_conditioning(generator: Generator, batch: int = 2) -> dict[str, Tensor]:
-    config: Any = generator.config
-    if generator.family == "dit":
-        none = torch.full((batch,), config.num_embeds_ada_norm)
-        return {"class_labels": torch.arange(batch), "negative_class_labels": none}
-    source = torch.Generator().manual_seed(5)
-    shapes = {"prompt_embeds": (5, config.get("joint_attention_dim") or config.get("cross_attention_dim"))}
-    if generator.family != "unet" or config.addition_embed_type == "text_time":
-        shapes["pooled_prompt_embeds"] = (config.get("pooled_projection_dim") or 32,)
-    names = [prefix + name for name in shapes for prefix in ("", "negative_")]
-    cond = {name: torch.randn(batch, *shapes[name.removeprefix("negative_")], generator=source) for name in names}
-    if generator.family == "unet" and config.addition_embed_type == "text_time":
-        cond["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * batch)
-    return cond
-
-
 @contextmanager
 def counted(module: nn.Module) -> Iterator[dict[str, int]]:
     """Calls of a module's forward inside the block, and how many rows they had in total."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from ecodiff_toys import bare_generator, counted, random_conditioning, toy_generator
+from ecodiff_toys import bare_generator, counted, toy_generator
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from safelight.generators import Generator
 from safelight.lightning_modules.ecodiff.objective import (
@@ -20,6 +18,8 @@ from safelight.lightning_modules.ecodiff.objective import (
     per_step_loss,
 )
 from safelight.masking import MaskBank, find_units
+from safelight.metrics.cost import LiveBytes
+from safelight.testing.denoisers import random_conditioning
 
 FAMILIES = ("unet_sdxl", "sd3", "flux", "dit")
 MODES: tuple[GradMode, ...] = ("full", "checkpoint", "manual")
@@ -96,30 +96,6 @@ def test_gradient_equals_a_finite_difference(mode: GradMode) -> None:
     assert logits.grad[place].item() == pytest.approx((values[0] - values[1]) / (2 * width), rel=1e-5)
 
 
-class LivePeak(TorchDispatchMode):
-    """Largest number of bytes held at once by tensors made inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in self.seen:
-                    self.seen.add(storage)
-                    self._add(storage.nbytes())
-                    weakref.finalize(storage, self._add, -storage.nbytes())
-        return result
-
-    def _add(self, size: int) -> None:
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
 @pytest.mark.parametrize("family", ["flux", "dit"])
 def test_memory_is_that_of_one_step(family: str) -> None:
     def peak(steps: int, mode: GradMode) -> tuple[int, int]:
@@ -129,7 +105,7 @@ def test_memory_is_that_of_one_step(family: str) -> None:
         target = torch.zeros_like(noise)
         with bank.attached(generator.denoiser):
             bank.sample(0)
-            with LivePeak() as tracker:
+            with LiveBytes() as tracker:
                 final_latent_loss(generator, bank, noise, cond, target, mode).backward()
         return tracker.peak, noise.untyped_storage().nbytes()
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from ecodiff_toys import bare_generator, loader, random_conditioning, toy_ecodiff, toy_generator, trainer
+from ecodiff_toys import bare_generator, loader, toy_ecodiff, toy_generator, trainer
 from torch import Tensor
 
 from safelight.generators import Generator
 from safelight.lightning_modules.ecodiff.pruning import Calibration, prune
 from safelight.masking import MaskBank, find_units, harden, kept_fraction, prunable_params, random_scores
+from safelight.testing.denoisers import random_conditioning
 
 FAMILIES = ("unet_sdxl", "sd3", "flux", "dit")
 

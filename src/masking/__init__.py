@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from safelight.masking.baselines import magnitude_scores as magnitude_scores
     from safelight.masking.baselines import random_scores as random_scores
     from safelight.masking.baselines import second_order_scores as second_order_scores
+    from safelight.masking.compensation import Compensation as Compensation
     from safelight.masking.correction import least_squares_correction as least_squares_correction
     from safelight.masking.files import import_reference_masks as import_reference_masks
     from safelight.masking.files import load_masks as load_masks
@@ -54,6 +55,7 @@ _HOME = {
     "removed_params": "hardening",
     "fold": "removal",
     "remove": "removal",
+    "Compensation": "compensation",
     "least_squares_correction": "correction",
     "activation_scores": "baselines",
     "magnitude_scores": "baselines",

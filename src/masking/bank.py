@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,36 @@ from safelight.masking import gates as formulas
 from safelight.masking.gates import Mode, Penalty
 from safelight.masking.units import Kind, Price, Site, UnitSpec, check_names
 
+if TYPE_CHECKING:
+    from safelight.masking.compensation import Compensation
+
 
 class _GateHook:
     """Multiplies the input or the output of one ``Linear`` by the bank's current gates, looked up by path.
+
+    With a compensation the gates are in the weight instead, and the ``Linear`` is made to compute with that: before the
+    call the rows of the input are hidden, so that the dense product costs nothing, and after it the wanted one is done.
 
     A copied or pickled denoiser is a dense one: its hooks become inert, because they could never be detached.
     """
 
     def __init__(self, bank: MaskBank, path: str, side: str) -> None:
         self.bank, self.key = bank, (path, side)
+        self.hidden: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> Any:
+        if self.key in self.bank._corrected:
+            if output is None:
+                self.hidden = args[0]
+                return (args[0][:0], *args[1:])
+            x, self.hidden = self.hidden, None
+            return nn.functional.linear(cast(Tensor, x), *self.bank._corrected[self.key])
         gate = self.bank._features.get(self.key)
         if gate is None:
             return None
-        if output is not None:
-            return output * gate.to(output.dtype)
-        return (args[0] * gate.to(args[0].dtype), *args[1:])
+        if self.key[1] == "in":
+            return (args[0] * gate.to(args[0].dtype), *args[1:]) if output is None else None
+        return cast(Tensor, output) * gate.to(cast(Tensor, output).dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _InertHook, ()
@@ -60,6 +73,7 @@ class MaskBank(nn.Module):
         delta: softener of its noise.
 
     Attributes:
+        compensation: see ``compensate``.
         logits: fp32, ``(n_units,)`` per layer; the key is the layer's path with dots replaced by slashes.
         current: name to the gates now in force, ``(n_units,)`` fp32 (fp64 for fp64 logits); empty when dense.
 
@@ -90,9 +104,11 @@ class MaskBank(nn.Module):
         if isinstance(init, Mapping):
             self.load_logits(init)
         self.current: dict[str, Tensor] = {}
+        self.compensation: Compensation | None = None
         self._features: dict[tuple[str, str], Tensor] = {}
+        self._corrected: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
         self._handles: list[Any] = []
-        self._widths: dict[tuple[str, str], int] = {}
+        self._linears: dict[tuple[str, str], nn.Linear] = {}
 
     # -- logits ---------------------------------------------------------------------------------------------------
 
@@ -177,7 +193,7 @@ class MaskBank(nn.Module):
 
     def _spread(self) -> None:
         """Repeat the gates over the features of each gated ``Linear``, once per draw instead of once per call."""
-        self._features = {}
+        self._features, self._corrected = {}, {}
         if not self._handles:
             return
         pieces: dict[tuple[str, str], list[tuple[Site, Tensor]]] = defaultdict(list)
@@ -192,9 +208,21 @@ class MaskBank(nn.Module):
             for site, gate in sorted(parts, key=lambda part: part[0].start):
                 row += [gate.new_ones(site.start - at), gate]
                 at = site.start + len(gate)
-            row.append(row[-1].new_ones(self._widths[key] - at))
+            row.append(row[-1].new_ones(_width(self._linears[key], key[1]) - at))
             row = [part for part in row if len(part)]
-            self._features[key] = row[0] if len(row) == 1 else torch.cat(row)
+            features = row[0] if len(row) == 1 else torch.cat(row)
+            if self.compensation is not None and key[1] == "in":
+                self._corrected[key] = self.compensation.corrected(key[0], self._linears[key], features)
+            else:
+                self._features[key] = features
+
+    def compensate(self, compensation: Compensation | None) -> None:
+        """Let the consuming Linears of closing gates be corrected from now on; None for plain gates again.
+
+        Call it again after ``compensation.refresh``: gates in force are put in force anew.
+        """
+        self.compensation = compensation
+        self._spread()
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
@@ -213,18 +241,19 @@ class MaskBank(nn.Module):
                 width = None if not isinstance(linear, nn.Linear) else _width(linear, site.side)
                 if width is None or width < site.start + spec.n_units * spec.group:
                     raise SafelightError(f"denoiser has no Linear {site.module!r} wide enough for {spec.name!r}")
-                self._widths[site.module, site.side] = width
-        for path, side in self._widths:
-            linear = modules[path]
-            register = linear.register_forward_pre_hook if side == "in" else linear.register_forward_hook
-            self._handles.append(register(_GateHook(self, path, side)))
+                self._linears[site.module, site.side] = cast(nn.Linear, linear)
+        for (path, side), linear in self._linears.items():
+            hook = _GateHook(self, path, side)
+            self._handles.append(linear.register_forward_hook(hook))
+            if side == "in":
+                self._handles.append(linear.register_forward_pre_hook(hook))
         self._spread()
 
     def detach(self) -> None:
         """Take every hook out; the gates in force are kept for the next ``attach``."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._features, self._widths = [], {}, {}
+        self._handles, self._features, self._corrected, self._linears = [], {}, {}, {}
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Iterator[MaskBank]:
@@ -237,7 +266,8 @@ class MaskBank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied bank is detached and dense: its hooks and its graph belong to the original.
-        return self.__dict__ | {"current": {}, "_features": {}, "_handles": [], "_widths": {}}
+        nothing: dict[str, Any] = {"current": {}, "_features": {}, "_corrected": {}, "_handles": [], "_linears": {}}
+        return self.__dict__ | nothing | {"compensation": None}
 
     # -- what training asks for -----------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ that what the kept units and the bias can say about the lost ones is used. Only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -108,6 +108,33 @@ def solve(
     return full, None if bias is None else new[:, -1].to(bias)
 
 
+@torch.no_grad()
+def input_grams(denoiser: nn.Module, paths: Sequence[str], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Gram matrix ``X^T X`` of the inputs of each listed Linear, fp64, over all tokens that ``run`` shows it.
+
+    Returns:
+        Path to ``(in, in)``, or ``(in + 1, in + 1)`` with a last column of ones in X when the Linear has a bias.
+
+    Raises:
+        SafelightError: ``run`` missed a layer.
+    """
+    grams: dict[str, Tensor] = {}
+
+    def accumulate(path: str, x: Tensor) -> None:
+        rows = _rows(denoiser, path, x)
+        grams[path] = grams.get(path, 0) + (rows.T @ rows).double()
+
+    with _watch(denoiser, paths, accumulate):
+        run()
+    _check_seen(paths, grams)
+    return grams
+
+
+def gram_bytes(denoiser: nn.Module, path: str) -> int:
+    """Bytes of the largest Gram matrix that a Linear can have."""
+    return 8 * (_linear(denoiser, path).in_features + 1) ** 2
+
+
 def _correct_at_once(
     denoiser: nn.Module,
     masks: Mapping[str, Tensor],
@@ -119,15 +146,7 @@ def _correct_at_once(
     paths = [path for path, columns in kept.items() if len(columns) < _linear(denoiser, path).in_features]
     solved = {}
     for group in _groups(denoiser, paths, memory_bytes):
-        grams: dict[str, Tensor] = {}
-
-        def accumulate(path: str, x: Tensor, grams: dict[str, Tensor] = grams) -> None:
-            rows = _rows(denoiser, path, x)
-            grams[path] = grams.get(path, 0) + (rows.T @ rows).double()
-
-        with _watch(denoiser, group, accumulate):
-            run()
-        _check_seen(group, grams)
+        grams = input_grams(denoiser, group, run)
         for path in group:
             linear = _linear(denoiser, path)
             solved[path] = solve(linear.weight, linear.bias, grams.pop(path), kept[path], ridge)
@@ -190,7 +209,7 @@ def _groups(denoiser: nn.Module, paths: list[str], memory_bytes: int) -> Iterato
     group: list[str] = []
     used = 0
     for path in paths:
-        size = 8 * (_linear(denoiser, path).in_features + 1) ** 2
+        size = gram_bytes(denoiser, path)
         if group and used + size > memory_bytes:
             yield group
             group, used = [], 0
@@ -201,7 +220,7 @@ def _groups(denoiser: nn.Module, paths: list[str], memory_bytes: int) -> Iterato
 
 
 @contextmanager
-def _watch(denoiser: nn.Module, paths: list[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watch(denoiser: nn.Module, paths: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Show ``see(path, input)`` every input of the listed Linears."""
 
     def hook(path: str) -> Callable[..., None]:
@@ -216,8 +235,8 @@ def _watch(denoiser: nn.Module, paths: list[str], see: Callable[[str, Tensor], N
 
 
 def _rows(denoiser: nn.Module, path: str, x: Tensor) -> Tensor:
-    """Inputs as fp32 rows ``(tokens, in)``, with a column of ones when the layer has a bias."""
-    rows = x.flatten(0, -2).float()
+    """Inputs as rows ``(tokens, in)`` in fp32 or better, with a column of ones when the layer has a bias."""
+    rows = x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
     if _linear(denoiser, path).bias is None:
         return rows
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)

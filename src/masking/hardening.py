@@ -117,7 +117,7 @@ class _Items:
             sorted_values, order = self.ranked[spec.name]
             starts = torch.arange(0, spec.n_units, step)
             sizes = torch.clamp(spec.n_units - starts, max=step)
-            sums = torch.zeros(len(starts)).index_add_(0, torch.arange(spec.n_units) // step, sorted_values)
+            sums = sorted_values.new_zeros(len(starts)).index_add_(0, torch.arange(spec.n_units) // step, sorted_values)
             score.append(sums / sizes)
             position.append(order[starts])
             size.append(sizes)

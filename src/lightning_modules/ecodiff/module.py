@@ -23,6 +23,7 @@ from safelight.lightning_modules.ecodiff.objective import SparsityTarget, final_
 from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, prune
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import (
+    Compensation,
     MaskBank,
     find_units,
     harden,
@@ -39,7 +40,7 @@ class _DetachOnException(Callback):
     """Lightning tells callbacks about exceptions, but not modules."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        cast(EcoDiff, pl_module).bank.detach()
+        cast(EcoDiff, pl_module).on_fit_end()
 
 
 class EcoDiff(SafelightModule):
@@ -77,9 +78,12 @@ class EcoDiff(SafelightModule):
         distance: ``l2`` (paper) or ``l1``.
         grad_mode: ``checkpoint``, ``manual`` or ``full``; same gradient, see ``objective.final_latent_loss``.
         weight_decay: AdamW weight decay on the logits. The reference has .01, which pulls every logit to 0; ours is 0.
-        correction: correct the consuming layers by least squares after removal (beyond the paper; 0 in ``parity``).
+        correction: least-squares correction of the layers that read removed units (beyond the paper): ``joint``
+            learns the masks with it in sight and applies it after removal, ``after`` applies it only, ``none`` is the
+            paper. ``joint`` keeps two fp64 matrices of the squared input width per such layer.
         correction_samples: calibration samples it sees.
         correction_ridge: its pull towards the old weights.
+        correction_every: with ``joint``, optimisation steps between two looks at which units are about to go.
         random_masks: random masks averaged for the control.
         targets_folder: where dense latents are kept between runs; None for memory only.
         judge: CLIP folder or ``zoo:`` name that names the pictures; None for no recognition metric.
@@ -117,9 +121,10 @@ class EcoDiff(SafelightModule):
         distance: Literal["l2", "l1"] = "l2",
         grad_mode: Literal["checkpoint", "manual", "full"] = "checkpoint",
         weight_decay: Annotated[float, Ge(0)] = 0.0,
-        correction: bool = True,
+        correction: Literal["joint", "after", "none"] = "joint",
         correction_samples: Annotated[int, Ge(1)] = 64,
         correction_ridge: Annotated[float, Gt(0)] = 1e-2,
+        correction_every: Annotated[int, Ge(1)] = 5,
         random_masks: Annotated[int, Ge(1)] = 3,
         targets_folder: str | None = None,
         judge: str | None = "zoo:tiny_clip",
@@ -137,6 +142,7 @@ class EcoDiff(SafelightModule):
         self.targets = DenseTargets(self.generator, targets_folder)
         # What the correction is computed from; travels in the checkpoint so that eval.py repeats the numbers.
         self.calibration_pairs: list[tuple[str, int]] = []
+        self._staying: dict[str, Tensor] = {}
         self.history: list[tuple[int, Tensor, Tensor]] = []
         self._held_out: list[HeldOutBatch] = []
         self.measured: dict[str, Measured] = {}
@@ -151,9 +157,17 @@ class EcoDiff(SafelightModule):
         """Choose the calibration samples, unless the run is being continued."""
         if self.trainer.global_step == 0:
             self.calibration_pairs = first_pairs(self.trainer.train_dataloader, self.hparams.correction_samples)
+        if self.hparams.correction == "joint":
+            self.bank.set_gates(None)
+            run = self.calibration().replay(self.generator)
+            compensation = Compensation(self.denoiser, self.specs, run, self.hparams.correction_ridge)
+            if self._staying:
+                compensation.refresh(self._staying)
+            self.bank.compensate(compensation)
 
     def on_fit_end(self) -> None:
         """Leave the denoiser dense."""
+        self.bank.compensate(None)
         self.bank.detach()
 
     def configure_callbacks(self) -> list[Callback]:
@@ -164,6 +178,9 @@ class EcoDiff(SafelightModule):
         """Reconstruction of the dense result + sparsity."""
         prompts, seeds = check_batch(batch)
         noise, cond, target = self._samples(prompts, seeds)
+        if self.bank.compensation is not None and self.trainer.global_step % self.hparams.correction_every == 0:
+            self._staying = self._harden(self.bank.scores(), self.target.target(self.progress(), start=1.0))
+            self.bank.compensation.refresh(self._staying)
         self.bank.sample(step_seed(self.hparams.seed, self.trainer.global_step))
         if self.hparams.objective == "final":
             loss = final_latent_loss(
@@ -224,12 +241,14 @@ class EcoDiff(SafelightModule):
         return torch.optim.AdamW(groups, lr=self.hparams.neuron_lr, weight_decay=self.hparams.weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the calibration samples."""
+        """Add the calibration samples, and the kept set that the masks are being learned for."""
         checkpoint["calibration_pairs"] = [list(pair) for pair in self.calibration_pairs]
+        checkpoint["staying"] = dict(self._staying)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the calibration samples back."""
+        """Take both back."""
         self.calibration_pairs = [(prompt, seed) for prompt, seed in checkpoint["calibration_pairs"]]
+        self._staying = dict(checkpoint["staying"])
 
     # -- testing -----------------------------------------------------------------------------------------------------
 
@@ -237,11 +256,11 @@ class EcoDiff(SafelightModule):
         """The learned binary masks at exactly ``keep``."""
         return self._harden(self.bank.scores())
 
-    def _harden(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _harden(self, scores: dict[str, Tensor], keep: float | None = None) -> dict[str, Tensor]:
         return harden(
             scores,
             self.specs,
-            keep=self.hparams.keep,
+            keep=self.hparams.keep if keep is None else keep,
             scope=self.hparams.scope,
             price=self.hparams.price,
             min_per_layer=self.hparams.min_per_layer,
@@ -256,13 +275,13 @@ class EcoDiff(SafelightModule):
         """
         pairs = self.calibration_pairs
         if not pairs:
-            raise SafelightError("correction: no calibration samples; train first, or set correction=False")
+            raise SafelightError("correction: no calibration samples; train first, or set correction=none")
         prompts, seeds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         return Calibration(self.generator.noise(seeds), self.targets.conditioning(prompts))
 
     def pruned(self) -> Generator:
         """The generator without the learned units, corrected if asked for."""
-        calibration = self.calibration() if self.hparams.correction else None
+        calibration = None if self.hparams.correction == "none" else self.calibration()
         return prune(self.generator, self.masks(), calibration, self.hparams.correction_ridge)
 
     def on_test_start(self) -> None:

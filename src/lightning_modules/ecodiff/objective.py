@@ -148,10 +148,11 @@ class SparsityTarget(nn.Module):
         self.keep, self.strength, self.anneal, self.start, self.rate = keep, strength, anneal, start, rate
         self.register_buffer("multiplier", torch.zeros(()))
 
-    def target(self, progress: float) -> float:
-        """Wanted kept fraction when ``progress`` (0 to 1) of training is done."""
+    def target(self, progress: float, start: float | None = None) -> float:
+        """Wanted kept fraction when ``progress`` (0 to 1) of training is done, on the way from ``start``."""
+        start = self.start if start is None else start
         share = min(progress / self.anneal, 1.0) if self.anneal > 0 else 1.0
-        return self.start + (self.keep - self.start) * share
+        return start + (self.keep - start) * share
 
     def penalty(self, kept: Tensor, progress: float) -> Tensor:
         """Term of the loss; ``kept`` carries the graph to the logits."""

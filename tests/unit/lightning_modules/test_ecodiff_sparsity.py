@@ -43,7 +43,9 @@ def recall(module: Any, dead: dict[str, Tensor], kind: str) -> float:
 def planted_run(**settings: Any) -> tuple[Any, dict[str, Tensor]]:
     generator = toy_generator(steps=4)
     dead = plant(generator)
-    chosen: dict[str, Any] = {"price": "units", "target_strength": 0.0, "beta": 1e-2, "grad_mode": "full"}
+    """Fifty steps of the paper's method: plain gates, sparsity by beta alone."""
+    paper: dict[str, Any] = {"price": "units", "target_strength": 0.0, "beta": 1e-2, "correction": "none"}
+    chosen = paper | {"grad_mode": "full"}
     module = toy_ecodiff(generator, **(chosen | settings))
     trainer(max_steps=50).fit(module, loader(200))
     return module, dead
@@ -102,16 +104,17 @@ def test_weight_decay_is_off_by_default_and_pulls_when_asked() -> None:
     assert gone.max().item() == pytest.approx(3 * (1 - 0.1 * 0.1) ** 50, rel=1e-4)
 
 
+@pytest.mark.parametrize("correction", ["joint", "after"])
 @pytest.mark.parametrize("keep", [0.8, 0.5])
-def test_the_target_is_met(keep: float) -> None:
+def test_the_target_is_met(keep: float, correction: str) -> None:
     """The multiplier brings the expected kept share near ``keep``; hardening makes it exact."""
-    module = toy_ecodiff(keep=keep, grad_mode="full")
+    module = toy_ecodiff(keep=keep, grad_mode="full", correction=correction)
     trainer(max_steps=60).fit(module, loader(240))
     expected = [float(kept) for _, _, kept in module.history]
     assert expected[0] > 0.95
     assert expected[-1] == pytest.approx(keep, abs=0.03)
-    # No swing past the target and back.
-    assert min(expected) > keep - 0.04
+    # No swing past the target and back; a small one where the reconstruction hardly resists.
+    assert min(expected) > keep - (0.04 if correction == "after" else 0.1)
     share = kept_fraction(module.masks(), module.specs, "params")
     largest = max(spec.params_per_unit for spec in module.specs) / prunable_params(module.specs)
     assert keep - largest < share <= keep
@@ -164,3 +167,23 @@ def test_correction_lowers_the_error(family: str) -> None:
         for samples in (None, calibration)
     ]
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_learning_with_the_correction_in_sight_keeps_one_of_each_pair() -> None:
+    """Half of the neurons are doubles of the others; a correction can stand in for one of a pair, not for both."""
+    errors, pairs_lost = {}, {}
+    for correction in ("joint", "after"):
+        generator = toy_generator()
+        with torch.no_grad():
+            for ff in generator.denoiser.ff:
+                for parameter in (ff.net[0].proj.weight, ff.net[0].proj.bias):
+                    parameter[16:] = parameter[:16] * 1.1
+        settings: dict[str, Any] = {"keep": 0.55, "pattern": "ff", "grad_mode": "full", "correction_samples": 32}
+        module = toy_ecodiff(generator, correction=correction, **settings)
+        trainer(max_steps=60).fit(module, loader(240))
+        pairs_lost[correction] = sum(int((~mask[:16] & ~mask[16:]).sum()) for mask in module.masks().values())
+        noise, cond = generator.noise(list(range(900, 932))), generator.encode([str(i % 10) for i in range(32)])
+        error = module.pruned().rollout(noise, cond) - generator.rollout(noise, cond)
+        errors[correction] = error.square().mean().item()
+    assert pairs_lost["joint"] < 0.5 * pairs_lost["after"]
+    assert errors["joint"] < 0.5 * errors["after"]

@@ -1,0 +1,147 @@
+"""The least-squares correction as a function of the gates, so that masks can be learned with the correction in sight.
+
+A unit that others can stand in for costs little once the layer that reads it is corrected, and plain gates cannot see
+that. Here a closing gate ``g`` hands feature ``j`` over to what the kept features S and the bias say about it::
+
+    x_j  ->  g_j x_j + (1 - g_j) (B x)_j        B = argmin ||X - X B^T||^2 + ridge * ||B||^2
+
+where row j of B reads the features in S that are not of j's own unit. The consuming ``Linear`` becomes
+``W' = W diag(g) + W diag(1 - g) B``, computed once per draw of the gates. For binary gates with kept set S this is
+exactly :func:`~safelight.masking.correction.least_squares_correction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from safelight.errors import SafelightError
+from safelight.masking.correction import gram_bytes, input_grams
+from safelight.masking.units import UnitSpec, check_names
+
+
+class Compensation:
+    """Fill matrices B of all consuming Linears of a denoiser, for one kept set at a time.
+
+    Give it to a ``MaskBank`` and call :meth:`refresh` whenever the set of units that are about to stay has changed.
+
+    Args:
+        denoiser: the dense model, no bank attached; its weights are not changed.
+        specs: the units; only those that act on the input of a ``Linear`` are compensated.
+        run: calls the denoiser on calibration inputs.
+        ridge: pull of the fill towards nothing, relative to the mean energy of an input feature.
+        memory_bytes: that the Gram and fill matrices of all layers may take.
+
+    Raises:
+        SafelightError: the matrices would not fit, or ``run`` missed a layer.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        specs: Sequence[UnitSpec],
+        run: Callable[[], Any],
+        ridge: float = 1e-2,
+        memory_bytes: int = 2**34,
+    ) -> None:
+        self.specs, self.ridge = list(specs), ridge
+        paths = list(dict.fromkeys(site.module for spec in specs for site in spec.sites if site.side == "in"))
+        needed = 2 * sum(gram_bytes(denoiser, path) for path in paths)
+        if needed > memory_bytes:
+            raise SafelightError(
+                f"correction=joint needs {needed / 2**30:.1f} GiB for the Gram matrices of {len(paths)} layers, it may "
+                f"take {memory_bytes / 2**30:.1f} GiB; use correction=after"
+            )
+        linears = {path: cast(nn.Linear, denoiser.get_submodule(path)) for path in paths}
+        self.widths = {path: linear.in_features for path, linear in linears.items()}
+        self.dtypes = {
+            path: torch.promote_types(linear.weight.dtype, torch.float32) for path, linear in linears.items()
+        }
+        self.grams = input_grams(denoiser, paths, run)
+        self.fills: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def refresh(self, masks: Mapping[str, Tensor]) -> None:
+        """Fit the fill matrices to a kept set.
+
+        Args:
+            masks: name to boolean ``(n_units,)``, true for units that stay; layers left out stay whole.
+
+        Raises:
+            SafelightError: a name is unknown or a length differs, or a system is singular for want of ridge.
+        """
+        check_names(masks, self.specs)
+        kept: dict[str, Tensor] = {}
+        unit: dict[str, Tensor] = {}  # first feature of the unit that a feature belongs to
+        for spec in self.specs:
+            mask = masks.get(spec.name, torch.ones(spec.n_units, dtype=torch.bool))
+            for site in spec.sites:
+                if site.side != "in":
+                    continue
+                width = len(self.grams[site.module])
+                features = slice(site.start, site.start + spec.n_units * spec.group)
+                stays = kept.setdefault(site.module, torch.ones(width, dtype=torch.bool))
+                stays[features] = mask.bool().cpu().repeat_interleave(spec.group)
+                numbers = unit.setdefault(site.module, torch.arange(width))
+                numbers[features] = numbers[features][:: spec.group].repeat_interleave(spec.group)
+        for path, gram in self.grams.items():
+            fill = _fill(gram, kept[path], unit[path], self.widths[path], self.ridge)
+            self.fills[path] = fill.to(self.dtypes[path])
+
+    def corrected(self, path: str, linear: nn.Linear, gate: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight ``(out, in)`` and bias ``(out,)`` of a consuming Linear, with a graph to its gate ``(in,)``.
+
+        The gate multiplies columns here; the caller leaves the input as it is.
+
+        Raises:
+            SafelightError: ``refresh`` was never called.
+        """
+        if path not in self.fills:
+            raise SafelightError("compensation has no kept set yet; call refresh(masks) first")
+        weight = linear.weight.to(gate.dtype)
+        handed_over = (weight * (1 - gate)) @ self.fills[path].to(gate)
+        weight = weight * gate + handed_over[:, : linear.in_features]
+        bias = None if linear.bias is None else linear.bias.to(gate.dtype) + handed_over[:, -1]
+        dtype = linear.weight.dtype
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _fill(gram: Tensor, kept: Tensor, unit: Tensor, features: int, ridge: float) -> Tensor:
+    """B of one layer: every feature predicted from the kept ones and the bias, those of its own unit left out.
+
+    With ``P = (G_SS + ridge)^-1`` a lost feature's row is ``G_jS P``. A kept one, left out of its own regression, has
+    ``-P_jk / P_jj``; the features of one kept unit are left out together, by their block of P.
+
+    Args:
+        gram: ``X^T X``, ``(in, in)``, or ``(in + 1, in + 1)`` with a last column of ones when there is a bias.
+        kept: which features stay, as long as ``gram``; the column of ones always does.
+        unit: a number per feature, equal for the features of one unit.
+        features: ``in``.
+        ridge: relative to the mean energy of a kept feature.
+
+    Returns:
+        Like ``gram``, ``(in, in [+ 1])``; the columns of lost features are zero.
+    """
+    kept, unit = kept.to(gram.device), unit.to(gram.device)
+    columns, lost = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
+    own = columns[columns < features]
+    system = gram[columns][:, columns].clone()
+    system.diagonal()[: len(own)].add_(ridge * gram.diagonal()[own].mean() if len(own) else 0.0)
+    try:
+        inverse = torch.linalg.inv(system)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise SafelightError(f"ridge={ridge} leaves the least-squares system singular; raise it") from error
+    fill = torch.zeros_like(gram)
+    fill[lost[:, None], columns] = gram[lost][:, columns] @ inverse
+    alone = -inverse / inverse.diagonal()[:, None]
+    alone.fill_diagonal_(0)
+    numbers, sizes = unit[own].unique_consecutive(return_counts=True)
+    for number in numbers[sizes > 1].tolist():
+        block = (unit[own] == number).nonzero()[:, 0]
+        alone[block] = -torch.linalg.solve(inverse[block][:, block], inverse[block])
+        alone[block[:, None], block] = 0
+    fill[columns[:, None], columns] = alone
+    return fill[:features]

@@ -189,7 +189,7 @@ class EmojiDataModule(LightningDataModule):
         test_size: int | None = 200,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # Lightning refuses to log names that the model has with other values
         self.batch_size, self.image_size, self.seed, self.num_workers = batch_size, image_size, seed, num_workers
         self.drop_attribute, self.test_size = drop_attribute, test_size
 

@@ -97,7 +97,7 @@ class PromptDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # Lightning refuses to log names that the model has with other values
         self.source, self.column, self.size, self.test_size = source, column, size, test_size
         self.batch_size, self.test_batch_size, self.seed = batch_size, test_batch_size, seed
         self.concepts: list[str] | None = None

@@ -440,6 +440,7 @@ class Generator(ABC):
         self._restore_encoders()
         with self._pipeline_holding(denoiser or self.denoiser), quiet():
             self.pipeline.save_pretrained(str(folder), safe_serialization=True)
+        _forget_origin(Path(folder))
         if getattr(denoiser or self.denoiser, "pruning_stages", None):
             from safelight.masking import write_manifest
 
@@ -480,3 +481,14 @@ class Generator(ABC):
     def __repr__(self) -> str:
         values = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
         return f"{type(self).__name__}({values}, dtype={self.dtype}, device={self.device})"
+
+
+def _forget_origin(folder: Path) -> None:
+    """Take the paths that parts were loaded from out of a saved pipeline's configurations.
+
+    diffusers writes them; they name folders of one person's machine and would change the files of equal models.
+    """
+    for file in (*folder.glob("*.json"), *folder.glob("*/config.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -196,7 +196,9 @@ def random_conditioning(generator: Generator, batch: int = 2) -> dict[str, Tenso
         none = torch.full((batch,), config.num_embeds_ada_norm)
         return {"class_labels": torch.arange(batch), "negative_class_labels": none}
     source = torch.Generator().manual_seed(5)
-    shapes = {"prompt_embeds": (5, config.get("joint_attention_dim") or config.get("cross_attention_dim"))}
+    shapes: dict[str, tuple[int, ...]] = {
+        "prompt_embeds": (5, config.get("joint_attention_dim") or config.get("cross_attention_dim"))
+    }
     if generator.family != "unet" or config.addition_embed_type == "text_time":
         shapes["pooled_prompt_embeds"] = (config.get("pooled_projection_dim") or 32,)
     names = [prefix + name for name in shapes for prefix in ("", "negative_")]

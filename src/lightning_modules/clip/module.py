@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from annotated_types import Ge, Gt
@@ -138,8 +138,8 @@ class Clip(SafelightModule):
         captions = list(batch["caption"])
         asked = torch.tensor([self._words.index(thing) for thing in batch["thing"]], device=self.device)
         own = torch.tensor([captions.index(caption) for caption in captions], device=self.device)
-        trained: Any = self.clip
-        for who, model in (("", trained), ("untrained/", self._untrained)):
+        trained = self.clip
+        for who, model in (("", trained), ("untrained/", cast(CLIPModel, self._untrained))):
             self.clip = model
             image = F.normalize(self.embed_images(batch["image"]), dim=-1)
             for name, texts, target in (

@@ -19,6 +19,12 @@ def test_entries_have_cards() -> None:
         assert (zoo.path(name) / "README.md").is_file()
 
 
+def test_files_name_no_folder_of_the_machine_they_were_made_on() -> None:
+    files = [file for name in zoo.names() for file in zoo.path(name).rglob("*.json")]
+    assert len(files) > 10
+    assert not [file for file in files if '"_name_or_path"' in file.read_text(encoding="utf-8")]
+
+
 @pytest.mark.parametrize("name", ["tiny_fluxx", "", "..", "__pycache__", "emoji/images.zip"])
 def test_unknown_entries_are_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(SafelightError, match=r"does not ship with this version; there are: .*emoji"):

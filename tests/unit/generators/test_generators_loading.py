@@ -253,7 +253,7 @@ def test_full_size_settings_are_the_published_ones() -> None:
     assert {f"ecodiff-{name}" for name in published} <= tuned
     for path in (CONFIGS / "tuned").glob("ecodiff-*.yaml"):
         assert path.read_text().startswith("# @package _global_\n# ")
-        keys = "beta head_lr neuron_lr modulation_lr init delta regulariser kinds target_strength"
+        keys = "beta head_lr neuron_lr modulation_lr init delta regulariser kinds target_strength correction"
         settings = yaml.safe_load(path.read_text())["method"]
         assert list(settings) == keys.split()
         # The authors reach their sparsity by beta alone.

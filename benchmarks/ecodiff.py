@@ -5,7 +5,8 @@
 The floor of step-checkpointed training through T steps is 3T denoiser forwards a sample: T to draw, T to recompute, and
 T for the backward pass, which computes gradients of activations but of no weight. Three things are run in turn in one
 process, so that a busy machine slows all of them alike: T plain forwards without gradients (the unit), Safelight's
-``final_latent_loss`` with its backward pass, and the published loop as the project's notes describe it, modelled here:
+``final_latent_loss`` with its backward pass, with and without the correction in sight, and the published loop as the
+project's notes describe it, modelled here:
 every masked attention is computed a second time, gates are drawn anew at every module call, and each step's
 vector-Jacobian product is two autograd calls, one for the gates and one for the latent.
 """
@@ -27,14 +28,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from safelight.generators import Conditioning, Generator, generator_for, load_generator
+from safelight.generators import Conditioning, Generator, load_generator
 from safelight.lightning_modules.ecodiff.objective import final_latent_loss
-from safelight.masking import MaskBank, UnitSpec, find_units
+from safelight.lightning_modules.ecodiff.pruning import Calibration
+from safelight.masking import Compensation, MaskBank, UnitSpec, find_units, harden
 from safelight.masking.gates import hard_concrete
-
-UNET = {"sample_size": 16, "block_out_channels": (64, 128), "cross_attention_dim": 128, "attention_head_dim": (2, 4)}
-"""The tiny U-Net where no trained one ships: SDXL's structure, large enough that arithmetic outweighs Python."""
-
 
 # -- what is run -------------------------------------------------------------------------------------------------------
 
@@ -76,15 +74,25 @@ def forwards(case: Case) -> Callable[[], None]:
 
 
 class Safelight:
-    """One optimisation sample as ``EcoDiff.training_step`` and automatic optimisation run it."""
+    """One optimisation step as ``EcoDiff.training_step`` and automatic optimisation run it.
 
-    def __init__(self, case: Case) -> None:
+    Args:
+        case: what is trained.
+        joint: keep the least-squares correction in sight; every fifth step looks at the kept set again.
+    """
+
+    def __init__(self, case: Case, joint: bool = False) -> None:
         self.case, self.bank, self.draws = case, MaskBank(case.specs, init=2.0), 0
+        if joint:
+            run = Calibration(case.noise, case.cond).replay(case.generator)
+            self.bank.compensate(Compensation(case.generator.denoiser, case.specs, run))
 
     def __call__(self) -> None:
         """Gates, loss, gradient of the logits."""
         case = self.case
         with self.bank.attached(case.generator.denoiser):
+            if self.bank.compensation is not None and self.draws % 5 == 0:
+                self.bank.compensation.refresh(harden(self.bank.scores(), case.specs, keep=0.8, price="params"))
             self.draws += 1
             self.bank.sample(self.draws)
             loss = final_latent_loss(case.generator, self.bank, case.noise, case.cond, case.target)
@@ -278,6 +286,7 @@ def measure(runs: dict[str, Callable[[], None]], repeats: int, warm_up: int = 3)
 def report(case: Case, repeats: int) -> None:
     runs: dict[str, Callable[[], None]] = {
         "forward": forwards(case),
+        "joint": Safelight(case, joint=True),
         "safelight": Safelight(case),
         "published": Published(case),
     }
@@ -288,7 +297,11 @@ def report(case: Case, repeats: int) -> None:
     batch = len(case.noise)
     print(f"\n{case.name}: T = {steps}, {batch} samples, {len(case.specs)} masked layers, {layers} attention layers")
     print(f"one denoiser forward of {batch}: {1e3 * statistics.median(times.seconds['forward']) / steps:.1f} ms\n")
-    names = {"safelight": "Safelight", "published": "published loop"}
+    names = {
+        "joint": "Safelight, correction in sight",
+        "safelight": "Safelight, plain gates",
+        "published": "published loop",
+    }
     head = ("", "forwards", "backward passes", "attention", "FLOPs / 3T", "CPU time / 3T", "peak MB")
     rows = [head]
     for name, label in names.items():
@@ -307,8 +320,9 @@ def report(case: Case, repeats: int) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    print(f"published / Safelight, CPU time: {times.ratio('published', 'safelight')}")
-    ours = counts["safelight"]
+    for name in ("joint", "safelight"):
+        print(f"published loop / {names[name]}, CPU time: {times.ratio('published', name)}")
+    ours = counts["joint"]
     counted = (ours.denoiser + ours.backward) / (3 * steps)
     print(f"counted cost of Safelight: {ours.denoiser + ours.backward} of 3T = {3 * steps}, {counted:.2f} (bound 1.15)")
 
@@ -319,21 +333,6 @@ def machine() -> str:
         f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used, load average "
         f"{load:.1f} at the start, Python {platform.python_version()}, torch {torch.__version__}"
     )
-
-
-def unet(steps: int) -> tuple[str, Generator]:
-    """The shipped U-Net pipeline, or a random one of the same structure."""
-    from safelight.zoo import path
-
-    try:
-        path("tiny_sdxl")
-    except ValueError:
-        from safelight.testing.pipelines import build_pipeline
-
-        pipeline = build_pipeline("unet_sdxl", **UNET)
-        generator = generator_for(pipeline.unet)(pipeline, num_inference_steps=steps, guidance_scale=1.0)
-        return "tiny U-Net (SDXL structure, random weights)", generator
-    return "tiny_sdxl", load_generator("tiny_sdxl", num_inference_steps=steps)
 
 
 def main() -> None:
@@ -348,7 +347,7 @@ def main() -> None:
     print(machine())
     makers: dict[str, Callable[[], tuple[str, Generator]]] = {
         "flux": lambda: ("tiny_flux", load_generator("tiny_flux", num_inference_steps=given.steps)),
-        "unet": lambda: unet(given.steps),
+        "unet": lambda: ("tiny_sdxl", load_generator("tiny_sdxl", num_inference_steps=given.steps, guidance_scale=1.0)),
     }
     for key, make in makers.items():
         if given.only in (None, key):

@@ -24,7 +24,7 @@ from safelight.masking.units import UnitSpec, check_names
 
 
 class Compensation:
-    """Fill matrices B of all consuming Linears of a denoiser, for one kept set at a time.
+    """The matrices B of all consuming Linears of a denoiser, for one kept set at a time.
 
     Give it to a ``MaskBank`` and call :meth:`refresh` whenever the set of units that are about to stay has changed.
 
@@ -61,7 +61,7 @@ class Compensation:
             path: torch.promote_types(linear.weight.dtype, torch.float32) for path, linear in linears.items()
         }
         self.grams = input_grams(denoiser, paths, run)
-        self.fills: dict[str, Tensor] = {}
+        self.exchange: dict[str, Tensor] = {}  # B - 1: what comes in place of each feature, less the feature
 
     @torch.no_grad()
     def refresh(self, masks: Mapping[str, Tensor]) -> None:
@@ -89,24 +89,26 @@ class Compensation:
                 numbers[features] = numbers[features][:: spec.group].repeat_interleave(spec.group)
         for path, gram in self.grams.items():
             fill = _fill(gram, kept[path], unit[path], self.widths[path], self.ridge)
-            self.fills[path] = fill.to(self.dtypes[path])
+            fill.diagonal().sub_(1)
+            self.exchange[path] = fill.to(self.dtypes[path])
 
     def corrected(self, path: str, linear: nn.Linear, gate: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight ``(out, in)`` and bias ``(out,)`` of a consuming Linear, with a graph to its gate ``(in,)``.
 
-        The gate multiplies columns here; the caller leaves the input as it is.
+        The gate is in the weight, so the caller leaves the input as it is. A gate of exactly 1 gets no gradient, which
+        is the hard concrete's own there, and costs nothing.
 
         Raises:
             SafelightError: ``refresh`` was never called.
         """
-        if path not in self.fills:
+        if path not in self.exchange:
             raise SafelightError("compensation has no kept set yet; call refresh(masks) first")
         weight = linear.weight.to(gate.dtype)
-        handed_over = (weight * (1 - gate)) @ self.fills[path].to(gate)
-        weight = weight * gate + handed_over[:, : linear.in_features]
-        bias = None if linear.bias is None else linear.bias.to(gate.dtype) + handed_over[:, -1]
+        closing = (gate < 1).nonzero()[:, 0]
+        change = (weight[:, closing] * (1 - gate[closing])) @ self.exchange[path].to(gate)[closing]
         dtype = linear.weight.dtype
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+        weight = (weight + change[:, : linear.in_features]).to(dtype)
+        return weight, None if linear.bias is None else (linear.bias.to(gate.dtype) + change[:, -1]).to(dtype)
 
 
 def _fill(gram: Tensor, kept: Tensor, unit: Tensor, features: int, ridge: float) -> Tensor:

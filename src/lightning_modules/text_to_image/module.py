@@ -267,14 +267,16 @@ class TextToImage(SafelightModule):
 
     def _usage(self) -> str:
         generator = self.generator
-        length = f", max_sequence_length={generator.max_sequence_length}" if generator.family == "flux" else ""
-        guidance = f", guidance_scale={generator.guidance_scale:g}"
+        settings = {"height": generator.height, "width": generator.width}
+        settings |= {"num_inference_steps": generator.num_inference_steps, "guidance_scale": generator.guidance_scale}
+        if generator.family == "flux":
+            settings["max_sequence_length"] = generator.max_sequence_length
+        arguments = "".join(f"    {name}={value:g},\n" for name, value in settings.items())
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            "pipeline = DiffusionPipeline.from_pretrained('.')\n"
-            'picture = pipeline("a small octopus on a yellow background in noto style", '
-            f"height={generator.height}, width={generator.width}, "
-            f"num_inference_steps={generator.num_inference_steps}{guidance}{length}).images[0]\n"
+            'pipeline = DiffusionPipeline.from_pretrained(".")\n'
+            'picture = pipeline(\n    "a small octopus on a yellow background in noto style",\n'
+            f"{arguments}).images[0]\n"
         )
 
     def fill_report(self, report: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 COLUMNS = {
     "ours": None,
-    "ours, not corrected": "uncorrected",
+    "ours, uncorrected": "uncorrected",
     "one-shot + correction": "one_shot",
     "magnitude": "magnitude",
     "random": "random",

@@ -72,6 +72,9 @@ def _train(typed: list[str], program: str) -> int:
     problems += composed.problems
     if composed.config:
         problems += composing.explain(composed, validate(composed.config))
+        if composed.config.get("sweep"):
+            chosen = f"sweep={composed.config['choices']['sweep']}"
+            problems.append(Problem("sweep", "is for several runs: add -m in front", typed=chosen, fix=chosen))
     if problems:
         raise ConfigError(problems)
     if "cfg" in flags:

@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.cli.crosschecks import batch_divisor
+from safelight.cli.crosschecks import TARGET, batch_divisor
 from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.signatures import signature_of
-from safelight.cli.validation import BACKBONE, TARGET
+from safelight.cli.validation import BACKBONE
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:

@@ -86,8 +86,8 @@ def validate(config: Mapping[str, Any]) -> list[Problem]:
     problems.extend(_missing_paths(config))
     problems.extend(_run_folder_problems(config))
     # What two blocks say together can be judged only when each says something that makes sense by itself.
-    wrong = {problem.where for problem in problems}
-    problems.extend(problem for problem in cross_problems(config) if problem.where not in wrong)
+    known = {problem.where for problem in problems}
+    problems.extend(problem for problem in cross_problems(config) if problem.where not in known)
     return problems
 
 

@@ -175,6 +175,8 @@ def _suggest(trial: Trial, typed: str, overrides: Sequence[str]) -> str:
     chosen: Any
     if isinstance(values, IntervalSweep):
         log = "log" in values.tags
+        assert values.start is not None
+        assert values.end is not None
         if isinstance(values.start, int) and isinstance(values.end, int):
             chosen = trial.suggest_int(key, values.start, values.end, log=log)
         else:

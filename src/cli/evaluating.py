@@ -93,7 +93,7 @@ def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> 
     shipped = yaml.safe_load(files("safelight.configs").joinpath("eval.yaml").read_text(encoding="utf-8"))
     merged = dict(template)
     merged["trainer"] = {**template["trainer"], **shipped["trainer"]}
-    merged |= {"resume": None, "run_dir": None, "overwrite": False}
+    merged |= {"resume": None, "run_dir": None, "overwrite": False, "global_batch_size": None}
     groups = [o for o in overrides if o.partition("=")[0] in _GROUPS]
     plugins = [o for o in overrides if o.startswith("hydra.searchpath=")]
     problems: list[Problem] = []

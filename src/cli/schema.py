@@ -61,7 +61,9 @@ def _block(value: Any, where: str) -> dict[str, Any]:
 
 def _value(parameter: Parameter) -> dict[str, Any]:
     """Schema of one argument, with its meaning and its default."""
-    found = {"anyOf": [*_alternatives(parameter), _REFERENCE]} if parameter.annotation is not Any else {}
+    found: dict[str, Any] = (
+        {"anyOf": [*_alternatives(parameter), _REFERENCE]} if parameter.annotation is not Any else {}
+    )
     if parameter.doc:
         found["description"] = parameter.doc
     if parameter.default is not NOT_LITERAL:

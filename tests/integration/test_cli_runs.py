@@ -150,14 +150,14 @@ def test_two_processes_are_one_process_with_twice_the_batch(tmp_path: Path) -> N
 def test_the_artefact_can_be_exported_again(finished: tuple[Path, str]) -> None:
     folder = finished[0]
     run_folder = run_folder_of(folder).relative_to(folder)
-    command = ("safelight.cli", "export", str(run_folder), "again")
+    command = ("safelight.cli", "export", str(run_folder), "again", "eval_dir=numbers")
     done = run(folder, *command)
     assert done.returncode == 0, done.stderr
     first, second = folder / run_folder / "export" / "plane.json", folder / "again" / "plane.json"
     assert second.read_bytes() == first.read_bytes()
     assert "all 2 numbers equal the training run's" in done.stdout
     assert "artefact     again" in done.stdout
-    refused = run(folder, *command)
+    refused = run(folder, *command[:-1])
     assert refused.returncode == 2
     assert "'again' is not empty" in refused.stderr
     assert second.read_bytes() == first.read_bytes()

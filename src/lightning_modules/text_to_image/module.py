@@ -268,7 +268,7 @@ class TextToImage(SafelightModule):
 
     def _usage(self) -> str:
         generator = self.generator
-        settings = {"height": generator.height, "width": generator.width}
+        settings: dict[str, Any] = {"height": generator.height, "width": generator.width}
         settings |= {"num_inference_steps": generator.num_inference_steps, "guidance_scale": generator.guidance_scale}
         if generator.family == "flux":
             settings["max_sequence_length"] = generator.max_sequence_length

@@ -76,6 +76,12 @@ def test_backbone_values_are_checked(capsys: pytest.CaptureFixture[str], overrid
     assert words in refused(capsys, "method=ecodiff", override)[2]
 
 
+def test_a_backbone_setting_that_no_file_lists_can_be_set() -> None:
+    config = compose(["method=ecodiff", "backbone.device=cpu"])
+    assert config["method"]["backbone"]["device"] == "cpu"
+    assert validate(config) == []
+
+
 def test_a_monitor_that_is_never_logged(capsys: pytest.CaptureFixture[str]) -> None:
     lines = refused(capsys, "method=toy", "callbacks.checkpoints.monitor=val/mae")
     assert "never logs while training; did you mean 'val/mse'?" in lines[2]

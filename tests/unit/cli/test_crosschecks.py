@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("clean_run_environment")
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     """Lines of a refusal of exactly one mistake: what was typed, why, and the command to paste."""
-    assert app.train_main([PLUGIN, *arguments]) == 2
+    # Should it not be refused, nothing is run all the same.
+    assert app.train_main(["--cfg=job", PLUGIN, *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "safelight: 1 problem, nothing was run"
     return [line.strip() for line in lines]

@@ -119,7 +119,8 @@ class StopCleanly(Callback):
         # With several ranks all must stop at the same place, so there a signal waits during validation too.
         self._always_waits = trainer.world_size > 1
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # SIGUSR2 is how submitit announces that the time of a SLURM job is up.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
                 self._previous[number] = signal.signal(number, self._note)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

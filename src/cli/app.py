@@ -37,16 +37,29 @@ def eval_main(arguments: Sequence[str] | None = None, program: str = "python eva
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the ``safelight`` command: ``safelight train ...`` or ``safelight eval ...``."""
+    """Run the ``safelight`` command: ``train``, ``eval`` and the helpers in ``commands``."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     verbs = {"train": train_main, "eval": eval_main}
     if typed and typed[0] in verbs:
         return verbs[typed[0]](typed[1:], f"safelight {typed[0]}")
+    from safelight.cli.commands import COMMANDS
+
+    if typed and typed[0] in COMMANDS:
+        verb, rest = typed[0], typed[1:]
+        if "--help" in rest or "-h" in rest:
+            print(f"usage: safelight {COMMANDS[verb][1]}")
+            return 0
+        return _guarded(lambda: COMMANDS[verb][0](rest), rest, f"safelight {verb}")
     if typed and typed[0] not in _FLAGS:
-        hint, guess = did_you_mean(typed[0], verbs)
+        hint, guess = did_you_mean(typed[0], [*verbs, *COMMANDS])
         print(render([Problem(typed[0], hint, typed[0], guess or "")], "safelight", typed), file=sys.stderr)
         return USER_ERROR
-    return train_main(typed or ["--help"], "safelight train")
+    if not typed or typed[0] in ("--help", "-h"):
+        from safelight.cli.helping import commands_text
+
+        print(commands_text())
+        return 0
+    return train_main(typed, "safelight train")
 
 
 def _train(typed: list[str], program: str) -> int:
@@ -72,6 +85,9 @@ def _train(typed: list[str], program: str) -> int:
     problems += composed.problems
     if composed.config:
         problems += composing.explain(composed, validate(composed.config))
+        if composed.config.get("sweep"):
+            chosen = f"sweep={composed.config['choices']['sweep']}"
+            problems.append(Problem("sweep", "is for several runs: add -m in front", typed=chosen, fix=chosen))
     if problems:
         raise ConfigError(problems)
     if "cfg" in flags:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.cli.validation import TARGET
+from safelight.cli.crosschecks import TARGET
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:

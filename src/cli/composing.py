@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safelight.cli.crosschecks import TARGET, batch_divisor
 from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.signatures import signature_of
-from safelight.cli.validation import TARGET
+from safelight.cli.validation import BACKBONE
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
@@ -95,7 +96,17 @@ def compose_all(overrides: Sequence[str]) -> Composed:
     assert isinstance(template, dict)
     result.template = {str(key): value for key, value in template.items()}
     result.config = _resolve(final, result) or {}
+    _share_batch(result)
     return result
+
+
+def _share_batch(result: Composed) -> None:
+    """``global_batch_size`` in terms of what a data module knows: samples per device and batch."""
+    wish = result.config.get("global_batch_size")
+    divisor, reason = batch_divisor(result.config)
+    if type(wish) is int and wish > 0 and not reason and wish % divisor == 0:
+        for config in (result.config, result.template):
+            config["data"] = {**config["data"], "batch_size": wish // divisor}
 
 
 def resolve(template: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -264,7 +275,8 @@ def _use_folder_as_backbone(config: DictConfig, folder: Path, keep: Sequence[str
     """Point the backbone block at a folder, with the settings that were saved beside it."""
     from omegaconf import open_dict
 
-    settings: dict[str, Any] = {}
+    # A folder's family is read from the folder; what the block had before is another model's.
+    settings: dict[str, Any] = {"family": None}
     if (folder / "safelight.json").is_file():
         settings = json.loads((folder / "safelight.json").read_text(encoding="utf-8"))
     before = config.get("backbone") or {}
@@ -352,7 +364,7 @@ def _names(node: Mapping[str, Any], where: Sequence[str]) -> list[str]:
             return names
         names += [name for name in signature.parameters if name not in names]
     elif list(where) == ["backbone"]:
-        names += [name for name in ("device", "dtype", "max_sequence_length") if name not in names]
+        names += [name for name in signature_of(BACKBONE).parameters if name not in names]
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -25,13 +26,14 @@ _OWN_KEYS = ("ckpt_path", "eval_dir")
 _GROUPS = ("backbone", "data", "trainer", "callbacks", "logger")
 
 
-def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = ()) -> Summary:
+def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Path | None = None) -> Summary:
     """Test a checkpoint and write ``summary.json`` and a report.
 
     Args:
         ckpt_path: a checkpoint written by a run.
         overrides: changes to the stored configuration, for example ``["data.batch_size=8", "trainer=gpu"]``, and
             ``eval_dir=<folder>`` for where the results go.
+        export_to: an empty or new folder to write the method's artefact to as well.
 
     Returns:
         The content of the written ``summary.json``.
@@ -62,8 +64,15 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = ()) -> Summary:
     trainer = building.build_trainer(config, watching, False, folder)
     metrics, controls = running.measure(trainer, module, datamodule, checkpoint, int(config.get("seed", 0)))
     command = ending.eval_command(checkpoint)
-    summary = ending.summarise(config, module, metrics, controls, None, command, started)
     module.eval()
+    artefact = None
+    if export_to is not None:
+        if export_to.exists() and any(export_to.iterdir()):
+            raise SafelightError(f"export_to: {str(export_to)!r} is not empty")
+        typed = shlex.join(["safelight", "export", str(ckpt_path), str(export_to), *overrides])
+        running.state_facts(config, typed, command, module, metrics, controls)
+        artefact = running.export(module, export_to)
+    summary = ending.summarise(config, module, metrics, controls, artefact, command, started)
     ending.write_report(folder / "report", module, summary)
     write_summary(folder, summary)
     ending.print_end(folder, module, summary)
@@ -84,7 +93,7 @@ def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> 
     shipped = yaml.safe_load(files("safelight.configs").joinpath("eval.yaml").read_text(encoding="utf-8"))
     merged = dict(template)
     merged["trainer"] = {**template["trainer"], **shipped["trainer"]}
-    merged |= {"resume": None, "run_dir": None, "overwrite": False}
+    merged |= {"resume": None, "run_dir": None, "overwrite": False, "global_batch_size": None}
     groups = [o for o in overrides if o.partition("=")[0] in _GROUPS]
     plugins = [o for o in overrides if o.startswith("hydra.searchpath=")]
     problems: list[Problem] = []

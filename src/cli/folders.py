@@ -79,7 +79,7 @@ def make_run_folder(config: Mapping[str, Any]) -> Path:
         clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        folder = _new_folder(Path(config["runs_dir"]).expanduser() / str(config["choices"]["method"]), run_name(config))
+        folder = new_folder(Path(config["runs_dir"]).expanduser() / str(config["choices"]["method"]), run_name(config))
     return adopt(folder)
 
 
@@ -97,7 +97,8 @@ def run_name(config: Mapping[str, Any]) -> str:
     return Path(str(name)).name.replace(" ", "-")
 
 
-def _new_folder(parent: Path, name: str) -> Path:
+def new_folder(parent: Path, name: str) -> Path:
+    """Create ``<parent>/<time>-<name>``, with a number behind it where that exists already."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
         folder = parent / (f"{stamp}-{name}" if attempt == 1 else f"{stamp}-{name}-{attempt}")

@@ -34,6 +34,42 @@ def _roots(extra: tuple[str, ...]) -> Iterator[Traversable]:
         yield files(package)
 
 
+def groups() -> list[str]:
+    """Groups with something to choose from, ``method`` first."""
+    found = {
+        folder.name
+        for root in _roots(())
+        for folder in root.iterdir()
+        if folder.is_dir() and any(file.name.endswith(".yaml") for file in folder.iterdir())
+    }
+    order = ("method", "backbone", "data", "trainer")
+    return [group for group in order if group in found] + sorted(found - set(order))
+
+
+def files_of(group: str) -> dict[str, Traversable]:
+    """Option name to its file."""
+    return {
+        file.name.removesuffix(".yaml"): file
+        for root in _roots(())
+        if (folder := root.joinpath(group)).is_dir()
+        for file in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if file.name.endswith(".yaml")
+    }
+
+
+def commands_text() -> str:
+    """The page of the ``safelight`` command itself."""
+    from safelight.cli.commands import COMMANDS
+
+    usages = [usage for _, usage in COMMANDS.values()]
+    width = max(len(usage.partition(": ")[0]) for usage in usages)
+    lines = ["usage: safelight <command> ...", ""]
+    lines += [f"  {'train':<{width}}  train a method, as python train.py; safelight train --help lists what there is"]
+    lines += [f"  {'eval':<{width}}  evaluate a checkpoint, as python eval.py"]
+    lines += [f"  {left:<{width}}  {right}" for left, _, right in (usage.partition(": ") for usage in usages)]
+    return "\n".join(lines)
+
+
 def first_comment(text: str) -> str:
     """The first comment of a YAML file that is not a Hydra directive."""
     for line in text.splitlines():
@@ -51,11 +87,11 @@ def help_text(program: str = "python train.py") -> str:
         "",
         f"usage: {program} method=<method> [key=value ...]",
         "",
-        *_listing("methods", "method"),
-        *_listing("backbones", "backbone"),
-        *_listing("data", "data"),
-        *_listing("trainers", "trainer"),
-        *_listing("debug", "debug"),
+        *listing("methods", "method"),
+        *listing("backbones", "backbone"),
+        *listing("data", "data"),
+        *listing("trainers", "trainer"),
+        *listing("debug", "debug"),
         "examples",
         f"  {program} method=ecodiff",
         f"  {program} method=ecodiff backbone=tiny_sdxl method.keep=0.7 seed=1",
@@ -65,7 +101,8 @@ def help_text(program: str = "python train.py") -> str:
         "  run_dir=<folder>     write exactly there instead of runs/<method>/<time>-<name>",
         "  resume=auto          go on with the newest unfinished run of the method (or resume=<run folder>)",
         "  --cfg job            print the whole configuration of a run instead of running it",
-        "  -m key=1,2,3         one run per value, each in its own process and folder",
+        "  -m key=1,2,3         one run per value, each in its own process and folder; also range(1,5), glob(*)",
+        "  safelight --help     list, validate, show, copy, export, schema: look and check without running",
         "  python eval.py ckpt_path=<run folder>/checkpoints/best.ckpt     repeat the numbers of a run",
     ]
     return "\n".join(lines)
@@ -90,7 +127,8 @@ def eval_help_text() -> str:
     )
 
 
-def _listing(title: str, group: str) -> Iterator[str]:
+def listing(title: str, group: str) -> Iterator[str]:
+    """A title and one line per option of a group."""
     options = describe_group(group)
     if not options:
         return

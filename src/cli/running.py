@@ -230,19 +230,9 @@ def conclude(
     from safelight.reporting import write_summary
 
     eval_command = ending.eval_command(run.folder / "checkpoints" / "best.ckpt")
-    # Cards and reports state where their numbers come from.
-    run.module.run_facts = {  # type: ignore[assignment]
-        "command": run.command,
-        "eval_command": eval_command,
-        "method": run.config["choices"].get("method"),
-        "backbone": run.config["choices"].get("backbone"),
-        "data": run.config["choices"].get("data"),
-        "seed": run.config.get("seed", 0),
-        "metrics": dict(metrics),
-        "controls": {name: dict(values) for name, values in controls.items()},
-    }
+    state_facts(run.config, run.command, eval_command, run.module, metrics, controls)
     run.module.eval()
-    artefact = export(run) if run.config["export"] else None
+    artefact = export(run.module, run.folder / "export") if run.config["export"] else None
     summary = ending.summarise(run.config, run.module, metrics, controls, artefact, eval_command, started)
     if run.config["report"]:
         ending.write_report(run.folder / "report", run.module, summary)
@@ -251,16 +241,37 @@ def conclude(
     return summary
 
 
-def export(run: Run) -> Path | None:
-    """The method's artefact in ``<run folder>/export``; None when the method makes none."""
-    exporter = getattr(run.module, "export", None)
+def state_facts(
+    config: Mapping[str, Any],
+    command: str,
+    eval_command: str,
+    module: LightningModule,
+    metrics: Mapping[str, float],
+    controls: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Tell the method where its numbers come from, for cards and reports to say so."""
+    choices = config["choices"]
+    module.run_facts = {  # type: ignore[assignment]
+        "command": command,
+        "eval_command": eval_command,
+        "method": choices.get("method"),
+        "backbone": choices.get("backbone"),
+        "data": choices.get("data"),
+        "seed": config.get("seed", 0),
+        "metrics": dict(metrics),
+        "controls": {name: dict(values) for name, values in controls.items()},
+    }
+
+
+def export(module: LightningModule, folder: Path) -> Path | None:
+    """Write the method's artefact to a folder of its own, replacing it; None when the method makes none."""
+    exporter = getattr(module, "export", None)
     if exporter is None or getattr(exporter, "__module__", "") == "safelight.lightning_modules.base":
         return None
-    folder = run.folder / "export"
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     artefact = Path(exporter(folder))
     if not artefact.exists():
-        raise SafelightError(f"{type(run.module).__name__}.export returned {str(artefact)!r}, which does not exist")
+        raise SafelightError(f"{type(module).__name__}.export returned {str(artefact)!r}, which does not exist")
     return artefact

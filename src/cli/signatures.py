@@ -31,6 +31,13 @@ _BUILTINS: Final[dict[str, Any]] = {
 _MAX_HOPS: Final = 8
 
 
+class _NotLiteral:
+    """The type of ``NOT_LITERAL``: a default that only running the code could tell."""
+
+
+NOT_LITERAL: Final = _NotLiteral()
+
+
 class _Unknown:
     """A class that exists but that plain values cannot be an instance of (a Tensor, a Strategy)."""
 
@@ -44,12 +51,16 @@ class Parameter:
         annotation: its type for plain values; ``Any`` when nothing is known.
         required: whether it has no default.
         takes_object: whether an object built from a nested ``_target_`` fits as well.
+        default: its default, ``NOT_LITERAL`` where that is not a plain value or there is none.
+        doc: what the docstring says about it, on one line; empty when it says nothing.
     """
 
     name: str
     annotation: Any
     required: bool
     takes_object: bool = False
+    default: Any = NOT_LITERAL
+    doc: str = ""
 
 
 @dataclass(frozen=True)
@@ -270,10 +281,11 @@ def _plain(annotation: Any) -> tuple[Any, bool]:
 def _signature(found: _Found, target: str, hops: int = _MAX_HOPS) -> Signature:
     """Signature of a function, or of a class through its own or inherited ``__init__``."""
     if isinstance(found.node, ast.FunctionDef):
-        return _from_arguments(found.node, found.module, target)
+        return _from_arguments(found.node, found.module, target, argument_docs(ast.get_docstring(found.node) or ""))
     assert isinstance(found.node, ast.ClassDef)
     own = next((s for s in found.node.body if isinstance(s, ast.FunctionDef) and s.name == "__init__"), None)
-    signature = _from_arguments(own, found.module, target) if own else Signature(target, {}, True)
+    docs = argument_docs("\n".join(ast.get_docstring(node) or "" for node in (found.node, own) if node))
+    signature = _from_arguments(own, found.module, target, docs) if own else Signature(target, {}, True)
     if not signature.is_open or hops == 0:
         return signature
     # No __init__, or one that hands keywords on: the first base class with a known constructor answers for the rest.
@@ -285,7 +297,38 @@ def _signature(found: _Found, target: str, hops: int = _MAX_HOPS) -> Signature:
     return signature
 
 
-def _from_arguments(function: ast.FunctionDef, module: str, target: str) -> Signature:
+def argument_docs(docstring: str) -> dict[str, str]:
+    """Argument name to its description, from the ``Args:`` section of a Google docstring."""
+    docs: dict[str, list[str]] = {}
+    inside, indent, name = False, 0, ""
+    for line in docstring.splitlines():
+        if line.strip() in ("Args:", "Arguments:"):
+            inside, indent, name = True, 0, ""
+            continue
+        if not inside or not line.strip():
+            continue
+        depth = len(line) - len(line.lstrip())
+        if depth == 0:
+            inside = False
+            continue
+        indent = indent or depth
+        entry = re.match(r"\s*\*{0,2}(\w+)\s*(?:\([^)]*\))?:\s*(.*)", line) if depth == indent else None
+        if entry:
+            name = entry[1]
+            docs[name] = [entry[2]]
+        elif name:
+            docs[name].append(line.strip())
+    return {name: " ".join(" ".join(lines).split()) for name, lines in docs.items()}
+
+
+def _literal(node: ast.expr | None) -> Any:
+    try:
+        return NOT_LITERAL if node is None else ast.literal_eval(node)
+    except ValueError:
+        return NOT_LITERAL
+
+
+def _from_arguments(function: ast.FunctionDef, module: str, target: str, docs: dict[str, str]) -> Signature:
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
@@ -296,8 +339,42 @@ def _from_arguments(function: ast.FunctionDef, module: str, target: str) -> Sign
             continue
         evaluated = _evaluate(argument.annotation, module) if argument.annotation else Any
         annotation, takes_object = _plain(evaluated)
-        parameters[argument.arg] = Parameter(argument.arg, annotation, default is None, takes_object)
+        parameters[argument.arg] = Parameter(
+            argument.arg, annotation, default is None, takes_object, _literal(default), docs.get(argument.arg, "")
+        )
     return Signature(target, parameters, arguments.kwarg is not None)
+
+
+@cache
+def class_attribute(target: str, name: str) -> Any:
+    """A plain class attribute of the class at a dotted path or of the first base that has one; None if there is none.
+
+    Args:
+        target: for example ``safelight.lightning_modules.EcoDiff``.
+        name: for example ``monitor``.
+    """
+    module, _, class_name = target.rpartition(".")
+    found = _find(module, class_name) if module_file(module) else None
+    for _ in range(_MAX_HOPS):
+        if found is None or not isinstance(found.node, ast.ClassDef):
+            return None
+        for statement in found.node.body:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+            value = getattr(statement, "value", None)
+            if isinstance(value, ast.expr) and any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                literal = _literal(value)
+                return None if literal is NOT_LITERAL else literal
+        base = next((b for b in found.node.bases if isinstance(b, ast.Name)), None)
+        found = _find(found.module, base.id) if base else None
+    return None
+
+
+@cache
+def source_of(target: str) -> ast.ClassDef | None:
+    """The syntax tree of the class at a dotted path; None when there is no such class."""
+    module, _, name = target.rpartition(".")
+    found = _find(module, name) if module_file(module) else None
+    return found.node if found is not None and isinstance(found.node, ast.ClassDef) else None
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -11,11 +12,11 @@ from typing import Annotated, Any
 import annotated_types
 import yaml
 
+from safelight.cli.crosschecks import TARGET, cross_problems
 from safelight.cli.problems import Problem, did_you_mean, nearest
 from safelight.cli.signatures import Parameter, Signature, signature_of
 from safelight.errors import SafelightError
 
-TARGET = "_target_"
 _PATH_NAMES = ("path", "folder", "dir", "root", "file")
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -28,20 +29,23 @@ _WORDS: dict[Any, str] = {
 }
 
 
+# What a backbone block without a ``_target_`` is passed to.
+BACKBONE = "safelight.generators.settings.backbone_settings"
 # Keys of configs/train.yaml that belong to the run itself.
-_RUN_KEYS: dict[str, Any] = {
+RUN_KEYS: dict[str, Any] = {
     "seed": Annotated[int, annotated_types.Ge(0)],
     "name": str | None,
     "runs_dir": str,
     "run_dir": str | None,
     "resume": str | None,
+    "global_batch_size": Annotated[int, annotated_types.Ge(1)] | None,
     **dict.fromkeys(("overwrite", "test", "export", "report", "full_error"), bool),
 }
 
 
 def targeted_blocks(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Dotted name and content of every block whose ``_target_`` the command line builds."""
-    for group in ("method", "data", "trainer"):
+    """Dotted name and content of every block that names with ``_target_`` what it is passed to."""
+    for group in ("method", "backbone", "data", "trainer", "sweep"):
         block = config.get(group)
         if isinstance(block, dict) and TARGET in block:
             yield group, block
@@ -63,7 +67,7 @@ def validate(config: Mapping[str, Any]) -> list[Problem]:
         The problems, in the order of the configuration; empty when there are none.
     """
     problems: list[Problem] = []
-    for key, annotation in _RUN_KEYS.items():
+    for key, annotation in RUN_KEYS.items():
         wrong = check_value(Parameter(key, annotation, required=False), config[key]) if key in config else None
         if wrong:
             problems.append(Problem(key, wrong))
@@ -76,8 +80,14 @@ def validate(config: Mapping[str, Any]) -> list[Problem]:
             problems.append(Problem(f"{where}.{TARGET}", str(error)))
             continue
         problems.extend(check_block(where, block, signature))
+    backbone = config.get("backbone")
+    if isinstance(backbone, dict) and TARGET not in backbone:
+        problems.extend(check_block("backbone", backbone, signature_of(BACKBONE)))
     problems.extend(_missing_paths(config))
     problems.extend(_run_folder_problems(config))
+    # What two blocks say together can be judged only when each says something that makes sense by itself.
+    known = {problem.where for problem in problems}
+    problems.extend(problem for problem in cross_problems(config) if problem.where not in known)
     return problems
 
 
@@ -100,7 +110,9 @@ def check_block(where: str, block: Mapping[str, Any], signature: Signature) -> I
     skipped = injected.get(where.split(".")[0], ())
     for name, parameter in signature.parameters.items():
         if parameter.required and name not in block and name not in skipped:
-            yield Problem(f"{where}.{name}", f"{_short(signature)} needs it: {describe(parameter.annotation)}")
+            about = f" [{first_sentence(parameter.doc)}]" if parameter.doc else ""
+            text = f"{_short(signature)} needs it: {describe(parameter.annotation)}{about}"
+            yield Problem(f"{where}.{name}", text)
 
 
 def _short(signature: Signature) -> str:
@@ -121,7 +133,13 @@ def check_value(parameter: Parameter, value: Any) -> str | None:
     shown = shown.removesuffix("\n...\n").strip()
     text = f"is {shown[:80]}; must be {describe(parameter.annotation)}"
     good = _repair(parameter.annotation, value)
-    return f"{text}; did you mean {good}?" if good is not None else text
+    text = f"{text}; did you mean {good}?" if good is not None else text
+    return f"{text} [{first_sentence(parameter.doc)}]" if parameter.doc else text
+
+
+def first_sentence(doc: str) -> str:
+    """The beginning of a description, up to its first full stop or semicolon."""
+    return re.split(r"(?<=[\w)`]{2})[.;:](?:\s|$)", doc, maxsplit=1)[0].rstrip(".").replace("``", "")
 
 
 def _repair(annotation: Any, value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
 from safelight.generators.quiet import quiet
+from safelight.generators.settings import DTYPES, FAMILIES, KEYS
 from safelight.generators.weights import check_weights
 
 if TYPE_CHECKING:
@@ -19,26 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KEYS = (
-    "name",
-    "pretrained",
-    "num_inference_steps",
-    "guidance_scale",
-    "height",
-    "width",
-    "max_sequence_length",
-    "dtype",
-    "device",
-)
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+_GENERATORS = {"flux": "FluxGenerator", "sd3": "SD3Generator", "unet": "UNetGenerator", "dit": "DiTGenerator"}
 _OFFLINE = "backbone=tiny_flux and backbone=tiny_sdxl ship with Safelight and run without any download"
-
-_FAMILIES = {
-    "FluxTransformer2DModel": ("flux", "FluxGenerator"),
-    "SD3Transformer2DModel": ("sd3", "SD3Generator"),
-    "UNet2DConditionModel": ("unet", "UNetGenerator"),
-    "DiTTransformer2DModel": ("dit", "DiTGenerator"),
-}
 
 
 def generator_for(denoiser: Any) -> type[Generator]:
@@ -48,12 +31,12 @@ def generator_for(denoiser: Any) -> type[Generator]:
         SafelightError: If the denoiser is of no supported family.
     """
     for cls in type(denoiser).__mro__:
-        if cls.__name__ in _FAMILIES:
-            module, name = _FAMILIES[cls.__name__]
-            found: type[Generator] = getattr(import_module(f"safelight.generators.{module}"), name)
+        if cls.__name__ in FAMILIES:
+            family = FAMILIES[cls.__name__]
+            found: type[Generator] = getattr(import_module(f"safelight.generators.{family}"), _GENERATORS[family])
             return found
     raise SafelightError(
-        f"denoiser: {type(denoiser).__name__} is not supported; supported are {', '.join(_FAMILIES)}, and any velocity "
+        f"denoiser: {type(denoiser).__name__} is not supported; supported are {', '.join(FAMILIES)}, and any velocity "
         "network through safelight.generators.VelocityGenerator"
     )
 
@@ -88,6 +71,12 @@ def load_generator(spec: str | Path | Mapping[str, Any] | Generator, **overrides
     dtype = _torch_dtype(settings.get("dtype") or "float32")
     pipeline = _load_pipeline(source, folder, dtype)
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    family = settings.get("family")
+    if family and generator_for(denoiser).family != family:
+        raise SafelightError(
+            f"backbone.family={family!r}: {source} is of the family {generator_for(denoiser).family!r}; the other "
+            "settings of this backbone are not meant for it"
+        )
     chosen = ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length", "name")
     keywords = {key: settings[key] for key in chosen if settings.get(key) is not None}
     keywords.setdefault("name", Path(source).name)

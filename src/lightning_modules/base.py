@@ -23,6 +23,7 @@ class SafelightModule(LightningModule):
 
     Attributes:
         frozen: attribute names of sub-modules that are never trained or saved.
+        families: kinds of backbone it can use (``flux``, ``sd3``, ``unet``, ``dit``); empty when it does not say.
         metric_names: names that ``test_step`` logs, without the ``test/`` prefix.
         control_names: baselines evaluated beside the method; logged as ``test/<control>/<metric>``.
         paper_numbers: the paper's figures by metric name, ``{"value": ..., "source": ...}``.
@@ -31,6 +32,7 @@ class SafelightModule(LightningModule):
     """
 
     frozen: ClassVar[tuple[str, ...]] = ()
+    families: ClassVar[tuple[str, ...]] = ()
     metric_names: ClassVar[tuple[str, ...]] = ()
     control_names: ClassVar[tuple[str, ...]] = ()
     paper_numbers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -33,9 +33,11 @@ CONTENTS = {
 
 def run(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository from another folder."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | variables
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment.pop("SAFELIGHT_RUN_DIR", None)
-    command = [sys.executable, str(REPOSITORY / script), *arguments]
+    start = ["-m", script] if script.startswith("safelight") else [str(REPOSITORY / script)]
+    command = [sys.executable, *start, *arguments]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
@@ -143,3 +145,19 @@ def test_two_processes_are_one_process_with_twice_the_batch(tmp_path: Path) -> N
     assert {entry.name for entry in tmp_path.iterdir()} == {"one", "runs"}
     a, b = weights(tmp_path / "one"), weights(folder)
     assert max(float((a[key] - b[key]).abs().max()) for key in a) <= 1e-6
+
+
+def test_the_artefact_can_be_exported_again(finished: tuple[Path, str]) -> None:
+    folder = finished[0]
+    run_folder = run_folder_of(folder).relative_to(folder)
+    command = ("safelight.cli", "export", str(run_folder), "again", "eval_dir=numbers")
+    done = run(folder, *command)
+    assert done.returncode == 0, done.stderr
+    first, second = folder / run_folder / "export" / "plane.json", folder / "again" / "plane.json"
+    assert second.read_bytes() == first.read_bytes()
+    assert "all 2 numbers equal the training run's" in done.stdout
+    assert "artefact     again" in done.stdout
+    refused = run(folder, *command[:-1])
+    assert refused.returncode == 2
+    assert "'again' is not empty" in refused.stderr
+    assert second.read_bytes() == first.read_bytes()

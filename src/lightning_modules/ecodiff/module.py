@@ -91,6 +91,7 @@ class EcoDiff(SafelightModule):
     """
 
     frozen = ("denoiser", "vae")
+    families = ("flux", "sd3", "unet", "dit")
     metric_names = (*_COMMON, "flops_ratio", "latency_ratio")
     control_names = ("random", "magnitude", "one_shot", "uncorrected")
     paper_numbers = MappingProxyType(

@@ -56,6 +56,7 @@ class Heal(SafelightModule):
     """
 
     frozen = ("peft_model", "teacher_denoiser", "vae")
+    families = ("flux", "sd3", "unet", "dit")
     metric_names = ("latent_mse_median", "latent_mse_mean", "ssim")
     control_names = ("unhealed",)
 

@@ -50,6 +50,7 @@ class TextToImage(SafelightModule):
     """
 
     frozen = ("vae", "_judge")
+    families = ("flux", "unet")
     metric_names = ("clip_accuracy_trained", "clip_accuracy_held_out")
     control_names = ("shuffled_captions",)
 

@@ -73,7 +73,7 @@ def test_compose_raises_all_problems_at_once() -> None:
         (["method=toy", "trainer.precision=bf16-mix"], ["'bf16-mix'", "bf16-mixed"], "trainer.precision=bf16-mixed"),
         (["method=toy", "data.data_folder=/nowhere/at/all"], ["'/nowhere/at/all'"], "method=toy"),
         (
-            ["method=toy", "backbone=tiny_flux", "backbone.pretrained=/nowhere"],
+            ["method=ecodiff", "backbone=tiny_flux", "backbone.pretrained=/nowhere"],
             ["no folder '/nowhere'"],
             "zoo:tiny_flux",
         ),

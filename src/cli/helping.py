@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from importlib.metadata import entry_points
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+
+from safelight.cli import plugins
 
 _WIDTH = 118
 
 
-def describe_group(group: str, extra: tuple[str, ...] = ()) -> dict[str, str]:
+def describe_group(group: str, searchpath: tuple[str, ...] = ()) -> dict[str, str]:
     """Option name to one sentence, for ``method``, ``backbone``, ``data``, ...
 
     Args:
         group: folder under ``configs/``.
-        extra: further packages with configs, as in ``hydra.searchpath``.
+        searchpath: further places with configs, as in ``hydra.searchpath``.
     """
     found: dict[str, str] = {}
-    for root in _roots(extra):
+    for root in plugins.config_roots(searchpath):
         folder = root.joinpath(group)
         if folder.is_dir():
             for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
                 if file.name.endswith(".yaml"):
                     found.setdefault(file.name.removesuffix(".yaml"), first_comment(file.read_text(encoding="utf-8")))
     return found
-
-
-def _roots(extra: tuple[str, ...]) -> Iterator[Traversable]:
-    yield files("safelight.configs")
-    for package in [plugin.value for plugin in entry_points(group="safelight.configs")] + list(extra):
-        yield files(package)
 
 
 def first_comment(text: str) -> str:
@@ -44,18 +37,24 @@ def first_comment(text: str) -> str:
     return ""
 
 
-def help_text(program: str = "python train.py") -> str:
-    """The whole page."""
+def help_text(program: str = "python train.py", searchpath: tuple[str, ...] = ()) -> str:
+    """The whole page.
+
+    Args:
+        program: how it was started.
+        searchpath: further places with configs, as in ``hydra.searchpath``.
+    """
     lines = [
         "Safelight: make generative models safe, small and understandable.",
         "",
         f"usage: {program} method=<method> [key=value ...]",
         "",
-        *_listing("methods", "method"),
-        *_listing("backbones", "backbone"),
-        *_listing("data", "data"),
-        *_listing("trainers", "trainer"),
-        *_listing("debug", "debug"),
+        *_listing("methods", "method", searchpath),
+        *_listing("backbones", "backbone", searchpath),
+        *_listing("data", "data", searchpath),
+        *_listing("trainers", "trainer", searchpath),
+        *_listing("debug", "debug", searchpath),
+        *_broken_plugins(),
         "examples",
         f"  {program} method=ecodiff",
         f"  {program} method=ecodiff backbone=tiny_sdxl method.keep=0.7 seed=1",
@@ -79,8 +78,9 @@ def eval_help_text() -> str:
             "",
             "usage: python eval.py ckpt_path=<run folder>/checkpoints/best.ckpt [key=value ...]",
             "",
-            "  eval_dir=<folder>    where summary.json and the report go; <run folder>/eval-<time> by default",
-            "  data.batch_size=8    change any stored value; backbone=, data=, trainer= choose another option",
+            "  eval_dir=<folder>      where summary.json and the report go; <run folder>/eval-<time> by default",
+            "  data.batch_size=8      change any stored value; backbone=, data=, trainer= choose another option",
+            "  allow_difference=true  write the results even if they are not those of the training run",
             "",
             "examples",
             "  python eval.py ckpt_path=runs/ecodiff/<run>/checkpoints/best.ckpt",
@@ -90,8 +90,16 @@ def eval_help_text() -> str:
     )
 
 
-def _listing(title: str, group: str) -> Iterator[str]:
-    options = describe_group(group)
+def _broken_plugins() -> Iterator[str]:
+    broken = [plugin for plugin in plugins.installed() if plugin.problem]
+    if broken:
+        yield "plug-ins that cannot be used"
+        yield from (f"  {plugin.name}: {plugin.problem}" for plugin in broken)
+        yield ""
+
+
+def _listing(title: str, group: str, searchpath: tuple[str, ...]) -> Iterator[str]:
+    options = describe_group(group, searchpath)
     if not options:
         return
     yield title

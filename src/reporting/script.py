@@ -1,4 +1,4 @@
-"""The only script of the report page: it turns the heads of tables into buttons that sort. The page reads without it."""
+"""The only script of the report page: it turns heads of tables into buttons that sort. The page reads without it."""
 
 from __future__ import annotations
 

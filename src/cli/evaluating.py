@@ -71,9 +71,7 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = ()) -> Summary:
     command = ending.eval_command(checkpoint)
     summary = ending.summarise(config, module, metrics, controls, None, command, started)
     comparison = compare_with_training(checkpoint, summary)
-    changed = [
-        word for word in overrides if word.partition("=")[0].partition(".")[0].lstrip("+~") not in _SAME_QUESTION
-    ]
+    changed = [word for word in overrides if re.split(r"[.=]", word.lstrip("+~"))[0] not in _SAME_QUESTION]
     if comparison.differences and not changed and not allowed:
         raise SafelightError(comparison.refusal())
     folder.mkdir(parents=True, exist_ok=True)

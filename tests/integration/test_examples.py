@@ -95,23 +95,25 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_plugin_is_found_by_its_entry_point(installed: Path, tmp_path: Path) -> None:
     train = (str(REPOSITORY / "train.py"),)
     where = with_path(installed)
-    assert "is the drawing style written in the judge's features?" in run(tmp_path, *train, "--help", PYTHONPATH=where)
+    assert "is the colour behind a thing written in the judge's features?" in run(
+        tmp_path, *train, "--help", PYTHONPATH=where
+    )
     wrong = subprocess.run(
-        [sys.executable, *train, "method=style_prob", "method.lr=-1"], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, *train, "method=background_prob", "method.lr=-1"], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": where}, check=False, timeout=100,
     )  # fmt: skip
     assert wrong.returncode == 2
-    assert "'style_probe'" in wrong.stderr
+    assert "'background_probe'" in wrong.stderr
     assert "a number > 0" in wrong.stderr
 
 
 def test_plugin_learns_and_its_control_does_not(installed: Path, tmp_path: Path) -> None:
     folder, where = tmp_path / "run", with_path(installed)
-    train = (str(REPOSITORY / "train.py"), "method=style_probe", *SMALL, f"run_dir={folder}")
+    train = (str(REPOSITORY / "train.py"), "method=background_probe", *SMALL, f"run_dir={folder}")
     run(tmp_path, *train, PYTHONPATH=where)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["metrics"]["accuracy"] > 0.85
-    assert summary["controls"]["shuffled"]["accuracy"] < 0.7
+    assert summary["metrics"]["accuracy"] > 0.9
+    assert summary["controls"]["shuffled"]["accuracy"] < 0.4
     assert sorted(p.name for p in (folder / "export").iterdir()) == ["probe.json", "probe.safetensors"]
     # The judge is frozen: a checkpoint of two small heads.
     assert (folder / "checkpoints" / "last.ckpt").stat().st_size < 100_000
@@ -125,4 +127,4 @@ def test_plugin_by_search_path_alone(tmp_path: Path) -> None:
 
     words = shlex.split(command)
     output = run(EXAMPLES / "plugin", *words, "--cfg", "job", PYTHONPATH=with_path(EXAMPLES / "plugin"))
-    assert "_target_: safelight_style_probe.method.StyleProbe" in output
+    assert "_target_: safelight_background_probe.method.BackgroundProbe" in output

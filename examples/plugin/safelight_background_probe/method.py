@@ -16,13 +16,13 @@ from safelight.lightning_modules import SafelightModule
 from safelight.metrics import ClipJudge
 from safelight.reporting import Claim, Report, Tile
 
-STYLES = ("noto", "twemoji")
+BACKGROUNDS = ("white", "yellow", "pink", "red", "purple", "blue", "green", "grey")
 
 
-class StyleProbe(SafelightModule):
-    """Ask a frozen CLIP model in which style a picture was drawn.
+class BackgroundProbe(SafelightModule):
+    """Ask a frozen CLIP model on which background a thing was drawn.
 
-    Batches: a dict with ``image`` (B, 3, H, W) in [-1, 1] and ``caption`` (B texts) that name the style.
+    Batches: a dict with ``image`` (B, 3, H, W) in [-1, 1] and ``caption`` (B texts) that name the background.
 
     Args:
         judge: CLIP folder or ``zoo:`` name.
@@ -40,7 +40,7 @@ class StyleProbe(SafelightModule):
         self.lr, self.seed = lr, seed
         self.judge = ClipJudge(judge)
         width = self.judge(torch.zeros(1, 3, 64, 64)).shape[1]
-        self.probe, self.control = nn.Linear(width, len(STYLES)), nn.Linear(width, len(STYLES))
+        self.probe, self.control = nn.Linear(width, len(BACKGROUNDS)), nn.Linear(width, len(BACKGROUNDS))
         self.freeze_parts()
         self.measured: dict[str, float] = {}
 
@@ -52,8 +52,8 @@ class StyleProbe(SafelightModule):
 
     @staticmethod
     def labels(captions: list[str]) -> Tensor:
-        """The style that each caption names, as a number."""
-        return torch.tensor([next(i for i, style in enumerate(STYLES) if style in text) for text in captions])
+        """The background that each caption names, as a number."""
+        return torch.tensor([BACKGROUNDS.index(text.split(" background")[0].split()[-1]) for text in captions])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Cross entropy of the probe on true labels and of the control on shuffled ones."""
@@ -85,18 +85,18 @@ class StyleProbe(SafelightModule):
     def export(self, folder: Path) -> Path:
         """The probe as safetensors, its labels as JSON."""
         save_file(self.probe.state_dict(), folder / "probe.safetensors")
-        (folder / "probe.json").write_text(json.dumps({"labels": STYLES, "judge": self.hparams.judge}))
+        (folder / "probe.json").write_text(json.dumps({"labels": BACKGROUNDS, "judge": self.hparams.judge}))
         return folder
 
     def fill_report(self, report: Report) -> None:
         """The one number, and what it does not show."""
         accuracy, chance = self.measured["accuracy"], self.measured["shuffled/accuracy"]
-        tile = Tile("style named", f"{100 * accuracy:.0f} %", f"shuffled labels: {100 * chance:.0f} %", "lead")
+        tile = Tile("background named", f"{100 * accuracy:.0f} %", f"shuffled labels: {100 * chance:.0f} %", "lead")
         report.add_tiles([tile])
         claim = Claim(
             kind="semantic",
             support="correlational",
-            statement="The judge's features say in which style a picture was drawn.",
+            statement="The judge's features say on which background a thing was drawn.",
             evidence=[f"a linear probe is right in {100 * accuracy:.1f} % of held-out pictures"],
             controls_beaten=[f"shuffled labels: {100 * chance:.1f} %"] if accuracy > chance else [],
             not_shown=["that anything in the model uses this direction"],

@@ -85,8 +85,8 @@ def svg() -> str:
         'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="#c8331b"/></marker></defs>'
         f'<rect width="{_WIDTH}" height="{foot}" rx="18" fill="#faf8f5"/>'
         f'<text x="{_MARGIN}" y="46" font-size="22" font-weight="700" fill="#1d1a18">Who imports whom</text>'
-        f'<text x="{_MARGIN}" y="70" font-size="14" fill="#6b645e">An arrow points at what is used; dashed: built by the '
-        "name that a YAML file gives. Arrows that a longer way implies are left out.</text>"
+        f'<text x="{_MARGIN}" y="70" font-size="14" fill="#6b645e">An arrow points at what is used; dashed: built by '
+        "the name that a YAML file gives. Arrows that a longer way implies are left out.</text>"
         f"{''.join(lines)}{''.join(boxes)}"
         f'<text x="{_WIDTH - _MARGIN}" y="{foot - 18}" font-size="12" text-anchor="end" fill="#6b645e">'
         "drawn from the imports by docs/drawing.py</text></svg>\n"

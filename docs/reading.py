@@ -1,4 +1,4 @@
-"""What the documentation knows about the code, read from its sources: nothing of it is imported, so it builds anywhere."""
+"""What the documentation knows about the code, read from its sources; nothing is imported, so it builds anywhere."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ def test_plugin_is_found_by_its_entry_point(installed: Path, tmp_path: Path) -> 
         tmp_path, *train, "--help", PYTHONPATH=where
     )
     wrong = subprocess.run(
-        [sys.executable, *train, "method=background_prob", "method.lr=-1"], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": where}, check=False, timeout=100,
+        [sys.executable, *train, "method=background_prob", "method.lr=-1"], cwd=tmp_path, capture_output=True,
+        text=True, env=os.environ | {"PYTHONPATH": where}, check=False, timeout=100,
     )  # fmt: skip
     assert wrong.returncode == 2
     assert "'background_probe'" in wrong.stderr

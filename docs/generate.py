@@ -22,6 +22,10 @@ DOCS = Path(__file__).parent
 # Files of the repository that become pages, and what they are called there.
 COPIES = {"CONTRIBUTING.md": "adding.md", "examples/README.md": "examples.md", "benchmarks/README.md": "benchmarks.md",
           "examples/plugin/README.md": "plugin.md"}  # fmt: skip
+_PAPERS_NOTE = (
+    "Our numbers are measured on the small models that ship with the package. They show that the method works here, "
+    "not that the paper's full-size number was reproduced."
+)
 _LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^()\s]+)\)")
 
 
@@ -122,9 +126,14 @@ def readme_rows() -> dict[str, tuple[str, str]]:
 def paper_index() -> str:
     """Paper -> class -> command -> the paper's number -> ours; and what is not there yet."""
     known, ours = {method.name: method for method in reading.methods()}, readme_rows()
-    lines = ["# Papers", "", "Our numbers are measured on the small models that ship with the package. They show that the "
-             "method works here, not that the paper's full-size number was reproduced.", "",
-             "| paper | class | command | the paper | ours, at tiny size |", "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "# Papers",
+        "",
+        _PAPERS_NOTE,
+        "",
+        "| paper | class | command | the paper | ours, at tiny size |",
+        "|---" * 5 + "|",
+    ]
     planned = []
     for entry in yaml.safe_load((DOCS / "papers.yaml").read_text(encoding="utf-8")):
         link = f"{entry['title']}, [arXiv {entry['arxiv']}](https://arxiv.org/abs/{entry['arxiv']})"

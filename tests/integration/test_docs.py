@@ -63,8 +63,7 @@ def test_arrows_that_a_longer_way_implies_are_left_out() -> None:
 
 
 def test_all_links_lead_somewhere() -> None:
-    pages = generate.pages() | {p.name: p.read_text() for p in DOCS.glob("*.md") if p.name not in generate.pages()}
-    pages |= {path: text for path, text in generate.pages().items()}
+    pages = {p.name: p.read_text() for p in DOCS.glob("*.md")} | generate.pages()
     for path, text in pages.items():
         for address in re.findall(r"\]\(([^()\s:]+)\)", text):
             there = (DOCS / path).parent.joinpath(address.partition("#")[0]).resolve()

@@ -27,7 +27,7 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "src/**/README.md", "examples/**/*.md", "benchmarks/*.md")
     for path in REPOSITORY.glob(pattern)
 )
-# What makes a run small: two steps on a few samples. Lines that this fits are executed, the others composed and validated.
+# What makes a run small: two steps on a few samples.
 SMALL = {
     "": ["trainer=cpu", "trainer.max_steps=2", "data.batch_size=2", "callbacks=quiet", "trainer.precision=32-true"],
     "prompts": ["data.size=2", "data.test_size=2"],

@@ -101,8 +101,9 @@ def train(words: list[str]) -> None:
     composed = composing.compose_valid(words)
     choices = composed.config["choices"]
     pretrained = str((composed.config.get("backbone") or {}).get("pretrained", "zoo:"))
-    at_hand = pretrained.startswith("zoo:") or Path(pretrained).is_dir()
-    place = (choices["method"], pretrained, "toy" not in words)
+    teacher = str(composed.config["method"].get("teacher") or "zoo:")
+    at_hand = all(m.startswith("zoo:") or m in zoo.names() or Path(m).is_dir() for m in (pretrained, teacher))
+    place = (choices["method"], pretrained)
     strategy = str(composed.config["trainer"].get("strategy", "auto"))
     if not at_hand or place in DONE or strategy.startswith("ddp") or choices["method"] == "toy":
         return
@@ -123,7 +124,7 @@ def train(words: list[str]) -> None:
     assert (Path.cwd() / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
-DONE: set[tuple[str, str, bool]] = set()
+DONE: set[tuple[str, str]] = set()
 
 
 def rule_train(words: list[str]) -> None:
@@ -169,16 +170,20 @@ def rule_elsewhere(words: list[str]) -> None:
 
 
 RULES = (
+    (r"python train\.py method=background_probe|cd examples/plugin$", rule_elsewhere),  # the plug-in: test_examples
     (r"(\.venv/bin/)?python train\.py( |$)", rule_train),
     (r"torchrun .* train\.py ", rule_train),
     (r"python eval\.py ", rule_eval),
     (r"(\.venv/bin/)?pip install |python3 -m venv \.venv$", rule_install),
     (r"python -m safelight\.zoo\.|python benchmarks/", rule_module),
     (r"\.venv/bin/pytest", rule_pytest),
-    (r"python examples/|cd examples/plugin$|python -m safelight\.cli train ", rule_elsewhere),  # test_examples
+    (r"python examples/|python -m safelight\.cli train ", rule_elsewhere),  # test_examples
     (r"\.venv/bin/mkdocs |python docs/drawing\.py", rule_elsewhere),  # test_docs
     (r"npm pack ", rule_elsewhere),  # needs a network
-    (r"mkdir |cd \.cache/types|\.\./\.\./\.venv/bin/mypy |\.venv/bin/pre-commit ", rule_elsewhere),  # types, hooks: CI
+    (
+        r"mkdir |ln -sfn |cd \.cache/types|\.\./\.\./\.venv/bin/mypy |\.venv/bin/pre-commit ",
+        rule_elsewhere,
+    ),  # types, hooks: CI
 )
 
 

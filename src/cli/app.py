@@ -64,10 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(typed: list[str], program: str) -> int:
     flags, overrides, problems = _read_flags(typed)
+    from safelight.cli import composing
+
     if "help" in flags:
         from safelight.cli.helping import help_text
 
-        print(help_text(program))
+        print(help_text(program, composing.searchpath(overrides)))
         return 0
     if "version" in flags:
         import safelight
@@ -78,7 +80,6 @@ def _train(typed: list[str], program: str) -> int:
         from safelight.cli.sweeping import sweep
 
         return sweep(overrides, program)
-    from safelight.cli import composing
     from safelight.cli.validation import validate
 
     composed = composing.compose_all(overrides)

@@ -8,16 +8,18 @@ cannot), and all mistakes reported together instead of the first one as a traceb
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safelight.cli import plugins
 from safelight.cli.crosschecks import TARGET, batch_divisor
 from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.signatures import signature_of
-from safelight.cli.validation import BACKBONE
+from safelight.cli.validation import BACKBONE, validate
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SHIPPED = "pkg://safelight.configs"
-PLUGIN_GROUP = "safelight.configs"
 
 
 @dataclass
@@ -65,6 +66,41 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     if composed.problems:
         raise ConfigError(composed.problems)
     return composed.config
+
+
+def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A plain dict as the command line that means the same.
+
+    Args:
+        settings: nested or dotted: ``{"method": "ecodiff", "method.keep": 0.7, "trainer": {"max_steps": 4}}``.
+        prefix: put before every key.
+    """
+    words: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            words += as_overrides(value, f"{prefix}{key}.")
+        else:
+            words.append(f"{prefix}{key}={_quoted(value)}")
+    return words
+
+
+def _quoted(value: Any) -> str:
+    """A plain value as Hydra reads it back."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_quoted, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}: {_quoted(item)}" for key, item in value.items()) + "}"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_./~-][\w./~:-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
+        return text
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return f"'{escaped}'"
 
 
 def compose_all(overrides: Sequence[str]) -> Composed:
@@ -107,6 +143,21 @@ def _share_batch(result: Composed) -> None:
     if type(wish) is int and wish > 0 and not reason and wish % divisor == 0:
         for config in (result.config, result.template):
             config["data"] = {**config["data"], "batch_size": wish // divisor}
+
+
+def compose_valid(overrides: Sequence[str]) -> Composed:
+    """Compose a command line and check every value of it.
+
+    Raises:
+        ConfigError: all mistakes.
+    """
+    composed = compose_all(overrides)
+    problems = list(composed.problems)
+    if composed.config:
+        problems += explain(composed, validate(composed.config))
+    if problems:
+        raise ConfigError(problems)
+    return composed
 
 
 def resolve(template: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -193,6 +244,16 @@ def parse(overrides: Sequence[str], result: Composed) -> list[Override]:
     return parsed
 
 
+def searchpath(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Folders and packages that ``hydra.searchpath=[...]`` names in a command line.
+
+    Raises:
+        SafelightError: it is not a list.
+    """
+    typed = [word for word in overrides if word.startswith("hydra.searchpath=")]
+    return tuple(_searchpath(parse(typed, Composed()))) if typed else ()
+
+
 def _searchpath(parsed: Sequence[Override]) -> list[str]:
     """Folders and packages named by ``hydra.searchpath=[...]``."""
     for override in parsed:
@@ -207,15 +268,13 @@ def _searchpath(parsed: Sequence[Override]) -> list[str]:
 @cache
 def _loader(extra: tuple[str, ...]) -> ConfigLoaderImpl:
     """Hydra's loader over the shipped configs, installed plug-ins and ``extra`` folders, in this order."""
-    from importlib.metadata import entry_points
-
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_config_search_path
 
     path = create_config_search_path(SHIPPED)
     schema = path.get_path().pop(-1)
-    for plugin in entry_points(group=PLUGIN_GROUP):
-        path.append(provider=plugin.name, path=f"pkg://{plugin.value}")
+    for plugin in plugins.usable():
+        path.append(provider=plugin.name, path=f"pkg://{plugin.configs}")
     for place in extra:
         path.append(provider="hydra.searchpath", path=place)
     path.append(schema.provider, schema.path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import filecmp
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
     from safelight.reporting import Summary
 
 TOLERANCE = 1e-6
-_OWN_KEYS = ("ckpt_path", "eval_dir")
+_OWN_KEYS = ("ckpt_path", "eval_dir", "allow_difference")
+# Overrides of these leave the question the same; any other one asks for another number than training measured.
+_SAME_QUESTION = ("trainer", "callbacks", "logger", "hydra", *_OWN_KEYS)
+_SHOWN_DIFFERENCES = 5
 _GROUPS = ("backbone", "data", "trainer", "callbacks", "logger")
 
 
@@ -31,15 +36,16 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Pa
 
     Args:
         ckpt_path: a checkpoint written by a run.
-        overrides: changes to the stored configuration, for example ``["data.batch_size=8", "trainer=gpu"]``, and
-            ``eval_dir=<folder>`` for where the results go.
+        overrides: changes to the stored configuration, for example ``["data.batch_size=8", "trainer=gpu"]``,
+            ``eval_dir=<folder>`` for where the results go, and ``allow_difference=true``.
         export_to: an empty or new folder to write the method's artefact to as well.
 
     Returns:
         The content of the written ``summary.json``.
 
     Raises:
-        SafelightError: the checkpoint cannot be read, or an override is wrong.
+        SafelightError: the checkpoint cannot be read, an override is wrong, or the numbers are not those that the
+            training run measured on the same question; then nothing is written.
     """
     started = time.monotonic()
     building.quiet()
@@ -56,6 +62,7 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Pa
         )
     own = dict(item.partition("=")[::2] for item in overrides if item.partition("=")[0] in _OWN_KEYS)
     config = evaluation_config(stored["template"], [o for o in overrides if o.partition("=")[0] not in _OWN_KEYS])
+    allowed = _read_switch("allow_difference", own.get("allow_difference", "false"))
     folder = _results_folder(checkpoint, own.get("eval_dir"))
     seed_everything(int(config.get("seed", 0)), workers=True, verbose=False)
     datamodule, module = building.build_datamodule(config), building.build_module(config)
@@ -64,6 +71,12 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Pa
     trainer = building.build_trainer(config, watching, False, folder)
     metrics, controls = running.measure(trainer, module, datamodule, checkpoint, int(config.get("seed", 0)))
     command = ending.eval_command(checkpoint)
+    summary = ending.summarise(config, module, metrics, controls, None, command, started)
+    comparison = compare_with_training(checkpoint, summary)
+    changed = [word for word in overrides if re.split(r"[.=]", word.lstrip("+~"))[0] not in _SAME_QUESTION]
+    if comparison.differences and not changed and not allowed:
+        raise SafelightError(comparison.refusal())
+    folder.mkdir(parents=True, exist_ok=True)
     module.eval()
     artefact = None
     if export_to is not None:
@@ -76,7 +89,7 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Pa
     ending.write_report(folder / "report", module, summary)
     write_summary(folder, summary)
     ending.print_end(folder, module, summary)
-    print(compare_with_training(checkpoint, summary))
+    print(comparison.sentence(changed))
     return summary
 
 
@@ -152,33 +165,84 @@ def _results_folder(checkpoint: Path, wish: str | None) -> Path:
         folder = parent / f"eval-{datetime.now():%Y-%m-%d_%H-%M-%S}"
         while folder.exists():
             folder = folder.with_name(folder.name + "x")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def compare_with_training(checkpoint: Path, summary: Summary) -> str:
-    """One sentence: whether these numbers are those the training run wrote.
+def _read_switch(key: str, typed: str) -> bool:
+    if typed.lower() not in ("true", "false"):
+        raise ConfigError([Problem(key, f"is {typed!r}; it must be true or false", f"{key}={typed}", f"{key}=true")])
+    return typed.lower() == "true"
 
-    Latencies differ from call to call and are left out: names that end in ``_seconds``, ``_ms`` or ``latency_ratio``.
+
+@dataclass(frozen=True)
+class Comparison:
+    """The numbers of an evaluation beside those that its training run wrote.
+
+    Attributes:
+        shared: how many numbers both have, clocks left out.
+        differences: one text each, for numbers that differ or that the evaluation lacks.
+        silent: why there is nothing to compare with; empty when there is.
+        versions: packages that changed in between.
+    """
+
+    shared: int = 0
+    differences: tuple[str, ...] = ()
+    silent: str = ""
+    versions: tuple[str, ...] = ()
+
+    def sentence(self, changed: Sequence[str] = ()) -> str:
+        """The last line of an evaluation; ``changed`` are the overrides that asked another question."""
+        if self.silent:
+            return self.silent
+        if not self.differences:
+            return f"all {self.shared} numbers equal the training run's (to {TOLERANCE:g})"
+        why = f", with {' '.join(changed)}" if changed else ", allowed by allow_difference=true"
+        text = f"{len(self.differences)} of {self.shared} numbers differ from the training run's{why}"
+        return f"{text} ({self.differences[0]})"
+
+    def refusal(self) -> str:
+        """What to say when the same question got another answer."""
+        shown = "".join(f"\n  {text}" for text in self.differences[:_SHOWN_DIFFERENCES])
+        more = len(self.differences) - _SHOWN_DIFFERENCES
+        shown += f"\n  … and {more} more" if more > 0 else ""
+        changed = f"\nwritten with other versions: {', '.join(self.versions)}" if self.versions else ""
+        return (
+            f"{len(self.differences)} of {self.shared} numbers are not those of the training run (tolerance "
+            f"{TOLERANCE:g}); nothing was written{shown}{changed}\n"
+            "another machine, device or precision can do this, and so can a changed file; to write the new numbers "
+            "anyway add allow_difference=true"
+        )
+
+
+def compare_with_training(checkpoint: Path, summary: Summary) -> Comparison:
+    """Whether these numbers are those the training run wrote for this checkpoint.
+
+    Equal means: not further apart than 1e-6. Latencies differ from call to call and are left out:
+    names that end in ``_seconds``, ``_ms`` or ``latency_ratio``.
     """
     from safelight.reporting import read_summary
 
     folder = checkpoint.absolute().parent.parent
     if not (folder / "summary.json").is_file():
-        return "the run of this checkpoint has no summary.json to compare with"
+        return Comparison(silent="the run of this checkpoint has no summary.json to compare with")
     before = read_summary(folder)
-    if before.artefact is None and not before.metrics:
-        return "the run of this checkpoint measured nothing to compare with"
-    old, new = _flat(before), _flat(summary)
-    shared = sorted(name for name in old.keys() & new.keys() if not _is_time(name))
-    different = [
-        name for name in shared if not math.isclose(old[name], new[name], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    old, new = ({k: v for k, v in _flat(s).items() if not _is_time(k)} for s in (before, summary))
+    if not old:
+        return Comparison(silent="the run of this checkpoint measured nothing to compare with")
+    measured = folder / "checkpoints" / "best.ckpt"
+    if not measured.is_file() or not filecmp.cmp(measured, checkpoint, shallow=False):
+        return Comparison(silent="training measured best.ckpt, not this checkpoint: there is nothing to compare with")
+    differences = [
+        f"{name} is {new[name]:.9g}, was {value:.9g}" if name in new else f"{name} is missing, was {value:.9g}"
+        for name, value in sorted(old.items())
+        if name not in new or not abs(value - new[name]) <= TOLERANCE
     ]
-    if different:
-        name = different[0]
-        shown = f"{name} is {new[name]:.6g}, was {old[name]:.6g}"
-        return f"{len(different)} of {len(shared)} numbers differ from the training run's ({shown})"
-    return f"all {len(shared)} numbers equal the training run's (to {TOLERANCE:g})"
+    versions = [
+        f"{package} {version} → {summary.versions[package]}"
+        for package, version in before.versions.items()
+        if summary.versions.get(package, version) != version
+    ]
+    return Comparison(len(old), tuple(differences), versions=tuple(versions))
 
 
 def _flat(summary: Summary) -> dict[str, float]:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from importlib.metadata import entry_points
-from importlib.resources import files
 from importlib.resources.abc import Traversable
+
+from safelight.cli import plugins
 
 _WIDTH = 118
 
 
-def describe_group(group: str, extra: tuple[str, ...] = ()) -> dict[str, str]:
+def describe_group(group: str, searchpath: tuple[str, ...] = ()) -> dict[str, str]:
     """Option name to one sentence, for ``method``, ``backbone``, ``data``, ...
 
     Args:
         group: folder under ``configs/``.
-        extra: further packages with configs, as in ``hydra.searchpath``.
+        searchpath: further places with configs, as in ``hydra.searchpath``.
     """
     found: dict[str, str] = {}
-    for root in _roots(extra):
+    for root in plugins.config_roots(searchpath):
         folder = root.joinpath(group)
         if folder.is_dir():
             for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
@@ -28,17 +28,11 @@ def describe_group(group: str, extra: tuple[str, ...] = ()) -> dict[str, str]:
     return found
 
 
-def _roots(extra: tuple[str, ...]) -> Iterator[Traversable]:
-    yield files("safelight.configs")
-    for package in [plugin.value for plugin in entry_points(group="safelight.configs")] + list(extra):
-        yield files(package)
-
-
 def groups() -> list[str]:
     """Groups with something to choose from, ``method`` first."""
     found = {
         folder.name
-        for root in _roots(())
+        for root in plugins.config_roots()
         for folder in root.iterdir()
         if folder.is_dir() and any(file.name.endswith(".yaml") for file in folder.iterdir())
     }
@@ -50,7 +44,7 @@ def files_of(group: str) -> dict[str, Traversable]:
     """Option name to its file."""
     return {
         file.name.removesuffix(".yaml"): file
-        for root in _roots(())
+        for root in plugins.config_roots()
         if (folder := root.joinpath(group)).is_dir()
         for file in sorted(folder.iterdir(), key=lambda entry: entry.name)
         if file.name.endswith(".yaml")
@@ -80,18 +74,24 @@ def first_comment(text: str) -> str:
     return ""
 
 
-def help_text(program: str = "python train.py") -> str:
-    """The whole page."""
+def help_text(program: str = "python train.py", searchpath: tuple[str, ...] = ()) -> str:
+    """The whole page.
+
+    Args:
+        program: how it was started.
+        searchpath: further places with configs, as in ``hydra.searchpath``.
+    """
     lines = [
         "Safelight: make generative models safe, small and understandable.",
         "",
         f"usage: {program} method=<method> [key=value ...]",
         "",
-        *listing("methods", "method"),
-        *listing("backbones", "backbone"),
-        *listing("data", "data"),
-        *listing("trainers", "trainer"),
-        *listing("debug", "debug"),
+        *listing("methods", "method", searchpath),
+        *listing("backbones", "backbone", searchpath),
+        *listing("data", "data", searchpath),
+        *listing("trainers", "trainer", searchpath),
+        *listing("debug", "debug", searchpath),
+        *_broken_plugins(),
         "examples",
         f"  {program} method=ecodiff",
         f"  {program} method=ecodiff backbone=tiny_sdxl method.keep=0.7 seed=1",
@@ -116,8 +116,9 @@ def eval_help_text() -> str:
             "",
             "usage: python eval.py ckpt_path=<run folder>/checkpoints/best.ckpt [key=value ...]",
             "",
-            "  eval_dir=<folder>    where summary.json and the report go; <run folder>/eval-<time> by default",
-            "  data.batch_size=8    change any stored value; backbone=, data=, trainer= choose another option",
+            "  eval_dir=<folder>      where summary.json and the report go; <run folder>/eval-<time> by default",
+            "  data.batch_size=8      change any stored value; backbone=, data=, trainer= choose another option",
+            "  allow_difference=true  write the results even if they are not those of the training run",
             "",
             "examples",
             "  python eval.py ckpt_path=runs/ecodiff/<run>/checkpoints/best.ckpt",
@@ -127,9 +128,17 @@ def eval_help_text() -> str:
     )
 
 
-def listing(title: str, group: str) -> Iterator[str]:
+def _broken_plugins() -> Iterator[str]:
+    broken = [plugin for plugin in plugins.installed() if plugin.problem]
+    if broken:
+        yield "plug-ins that cannot be used"
+        yield from (f"  {plugin.name}: {plugin.problem}" for plugin in broken)
+        yield ""
+
+
+def listing(title: str, group: str, searchpath: tuple[str, ...] = ()) -> Iterator[str]:
     """A title and one line per option of a group."""
-    options = describe_group(group)
+    options = describe_group(group, searchpath)
     if not options:
         return
     yield title

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.cli import building, ending, folders, resuming
+from safelight.cli import building, composing, ending, folders, resuming
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def train(
     """Train, test, export and report one run.
 
     Args:
-        config: from ``compose``, or any dict with the same keys.
+        config: what would be typed, as a plain dict, nested or dotted: ``{"method": "ecodiff", "method.keep": 0.7}``.
+            Or the whole configuration, from ``compose``.
         template: ``config`` before interpolation; stored in checkpoints. None stores ``config`` itself.
         overrides: what was typed, for a resumed run: keys in it may change how the run goes on.
         command: written to ``command.txt`` and into cards; composed from the overrides when None.
@@ -60,11 +61,16 @@ def train(
         The content of ``summary.json``; None in processes of a higher rank and for ``trainer.fast_dev_run``.
 
     Raises:
-        SafelightError: something the user can mend.
+        ConfigError: a plain dict has mistakes; all of them are listed.
+        SafelightError: something else the user can mend.
         StopRequest: Ctrl-C or SIGTERM arrived; ``last.ckpt`` is written.
     """
     started = time.monotonic()
     building.quiet()
+    if not isinstance(config.get("method"), Mapping):
+        overrides = composing.as_overrides(config)
+        composed = composing.compose_valid(overrides)
+        config, template = composed.config, composed.template
     config, template = dict(config), dict(template or config)
     command = command or shlex.join(["python", "train.py", *overrides])
     found, finished = None, None

@@ -142,7 +142,8 @@ def line_chart(
         parts.append(_curve(name, points, index, sx, sy, x_label))
     label = escape(f"{y_label} over {x_label}: {', '.join(curves)}", quote=True)
     svg = f'<svg class="chart" viewBox="0 0 {_W} {_H}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    return _legend(list(curves)) + f'<div class="scroll">{svg}</div>'
+    frame = f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{svg}</div>'
+    return _legend(list(curves)) + frame
 
 
 def _widened(low: float, high: float, share: float) -> tuple[float, float]:
@@ -290,6 +291,7 @@ def _columns(layers: Sequence[tuple[str, float, float]]) -> str:
         "layer, in order of execution</text>"
     )
     return (
-        f'<div class="scroll"><svg class="chart" viewBox="0 0 {_W} {height + foot + 18}" role="img" '
+        f'<div class="scroll" tabindex="0" role="region" aria-label="kept share per layer">'
+        f'<svg class="chart" viewBox="0 0 {_W} {height + foot + 18}" role="img" '
         f'aria-label="kept share per layer">{"".join(parts)}</svg></div>'
     )

@@ -19,6 +19,7 @@ from safelight.reporting.claims import Claim, write_claims
 from safelight.reporting.files import write_text
 from safelight.reporting.markup import inline, to_html
 from safelight.reporting.pictures import Picture, grid, to_image
+from safelight.reporting.script import SCRIPT, policy
 from safelight.reporting.style import CSS
 from safelight.reporting.tables import Better
 
@@ -26,6 +27,8 @@ from safelight.reporting.tables import Better
 _SMALL = 192
 # A cell of a grid is never shown larger than this.
 _LARGE = 512
+# From this many sections on the page has a list of them on top.
+_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Report:
         self.kicker = kicker
         self.claims: list[Claim] = []
         self._tiles: list[Tile] = []
-        self._sections: list[str] = []
+        self._sections: list[tuple[str, str]] = []
         self._files: dict[str, Image.Image] = {}
 
     def add_tiles(self, tiles: Sequence[Tile]) -> None:
@@ -115,7 +118,7 @@ class Report:
             SafelightError: If a row has another number of cells than there are columns.
         """
         table = tables.data_table(heading, columns, rows, controls, ours, better or {})
-        self._section(heading, f'<div class="card scroll">{table}</div>{_note(note)}')
+        self._section(heading, f"{_scroll(heading, table)}{_note(note)}")
 
     def add_metrics(
         self,
@@ -132,7 +135,7 @@ class Report:
         The arguments are those of ``summary.json``; ``labels`` gives metrics readable names.
         """
         table = tables.metrics_table(metrics, controls or {}, paper or {}, labels or {})
-        self._section(heading, f'<div class="card scroll">{table}</div>{_note(note)}')
+        self._section(heading, f"{_scroll(heading, table)}{_note(note)}")
 
     def add_picture(self, heading: str, picture: str | Path | Picture, caption: str = "") -> None:
         """Adds one picture (a file, a PIL image or a tensor); a PNG of it is written beside the page."""
@@ -175,7 +178,7 @@ class Report:
         # Few pictures must not fill the page: a cell is at most 200 pixels wide.
         limit = n_columns * 208 + (120 if row_labels else 0)
         table = f'<table class="pix" style="max-width:{limit}px">{head}<tbody>{"".join(lines)}</tbody></table>'
-        self._figure(heading, f'<div class="card pictures scroll">{table}</div>', caption)
+        self._figure(heading, _scroll(heading, table, "pictures"), caption)
 
     def add_curve(
         self,
@@ -189,7 +192,10 @@ class Report:
     ) -> None:
         """Adds curves ``{name: [(x, y), ...]}`` over one x axis."""
         chart = charts.line_chart(series, x_label, y_label, log_y=log_y)
-        self._figure(heading, f'<div class="card plot">{chart}</div>', note)
+        numbers = tables.curve_table(series, x_label)
+        # What the chart tells the mouse by hovering, the keyboard and the printer find here.
+        told = f"<details><summary>Numbers of this chart</summary>{_scroll(heading, numbers, 'numbers')}</details>"
+        self._figure(heading, f'<div class="card plot">{chart}{told}</div>', note)
 
     def add_bars(self, heading: str, rows: Sequence[tuple[str, float, float, str]], note: str = "") -> None:
         """Adds a kept-of-total bar per layer: rows ``(label, kept, total, group)``, one panel per group."""
@@ -206,20 +212,21 @@ class Report:
         """The whole page."""
         tiles = f'<div class="tiles">{"".join(_tile(tile) for tile in self._tiles)}</div>' if self._tiles else ""
         facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in self.facts.items())
+        sections = "".join(body for _, body in self._sections)
         sub = f'<p class="sub">{inline(self.subtitle)}</p>' if self.subtitle else ""
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             # The page may show prompts of strangers: whatever slips in, nothing is fetched and nothing runs.
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-            "style-src 'unsafe-inline'\">"
+            f'<meta http-equiv="Content-Security-Policy" content="{policy()}">'
             f"<title>{escape(self.title)}</title><style>{CSS}</style></head>\n<body>"
+            '<a class="skip" href="#main">Skip to the results</a>'
             f'<header><div class="wrap"><p class="kicker"><i></i>{escape(self.kicker)}</p>'
             f"<h1>{escape(self.title)}</h1>{sub}"
             f"{f'<dl class=facts>{facts}</dl>' if facts else ''}</div></header>\n"
-            f'<main class="wrap">{tiles}\n{"".join(self._sections)}</main>\n'
+            f'<main class="wrap" id="main" tabindex="-1">{tiles}\n{self._contents()}{sections}</main>\n'
             '<footer><div class="wrap">Written by Safelight. This page is one file and needs no network.</div>'
-            "</footer></body></html>\n"
+            f"</footer><script>{SCRIPT}</script></body></html>\n"
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -241,7 +248,14 @@ class Report:
 
     def _section(self, heading: str, body: str) -> None:
         title = f"<h2>{inline(heading)}</h2>" if heading else ""
-        self._sections.append(f"<section>{title}{body}</section>\n")
+        name = f"s{len(self._sections) + 1}"
+        self._sections.append((heading, f'<section id="{name}">{title}{body}</section>\n'))
+
+    def _contents(self) -> str:
+        """Links to the sections, for pages long enough to need them."""
+        links = [f'<a href="#s{i}">{inline(name)}</a>' for i, (name, _) in enumerate(self._sections, start=1) if name]
+        listed = len(links) >= _LISTED
+        return f'<nav class="contents" aria-label="On this page">{"".join(links)}</nav>\n' if listed else ""
 
     def _figure(self, heading: str, body: str, caption: str) -> None:
         foot = f"<figcaption>{inline(caption)}</figcaption>" if caption else ""
@@ -253,6 +267,13 @@ class Report:
         while name in self._files:
             name, count = f"{stem}-{count}.png", count + 1
         self._files[name] = image
+
+
+def _scroll(heading: str, table: str, kind: str = "") -> str:
+    """A wide table in a frame that scrolls sideways; it takes the focus, so that the arrow keys can scroll it."""
+    label = escape(f"{heading}: table" if heading else "table", quote=True)
+    frame = f"card {kind} scroll".replace("  ", " ")
+    return f'<div class="{frame}" tabindex="0" role="region" aria-label="{label}">{table}</div>'
 
 
 def _note(text: str) -> str:

@@ -6,7 +6,7 @@ CSS = """
 :root {
   color-scheme: light dark;
   --paper: #faf8f5; --card: #ffffff; --ink: #1d1a18; --soft: #6b645e; --line: #e5dfd8; --faint: #f3efea;
-  --lamp: #c8331b; --lamp-soft: #fdeee9; --good: #17804f; --bad: #b3261e;
+  --lamp: #c8331b; --lamp-soft: #fdeee9; --good: #17804f; --bad: #b3261e; --focus: #2163c4;
   --k0: #c8331b; --k1: #2163c4; --k2: #138a63; --k3: #a86a00; --k4: #7a45c2; --k5: #5b6472;
   --shadow: 0 1px 2px rgb(60 30 10 / .05), 0 8px 24px -12px rgb(60 30 10 / .12);
   --sans: Inter, "Inter Variable", system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
@@ -15,13 +15,14 @@ CSS = """
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #131110; --card: #1c1917; --ink: #f1ece7; --soft: #a59c94; --line: #332d29; --faint: #241f1c;
-    --lamp: #ff6a47; --lamp-soft: #33190f; --good: #4cc38a; --bad: #ff8a80;
+    --lamp: #ff6a47; --lamp-soft: #33190f; --good: #4cc38a; --bad: #ff8a80; --focus: #8bb8ff;
     --k0: #ff6a47; --k1: #6ea8ff; --k2: #46c796; --k3: #e0a83c; --k4: #b892f5; --k5: #9aa5b5;
     --shadow: none;
   }
 }
 * { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
+html { -webkit-text-size-adjust: 100%; }
+@media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.6 var(--sans);
   text-rendering: optimizeLegibility; -webkit-font-smoothing: antialiased; }
 .wrap { max-width: 1140px; margin: 0 auto; padding: 0 32px; }
@@ -57,7 +58,17 @@ main { padding-bottom: 72px; }
 .tile.lead { border-color: color-mix(in srgb, var(--lamp) 45%, var(--line)); }
 .tile.lead b { color: var(--lamp); }
 
-section { margin-top: 56px; }
+.skip { position: absolute; left: 16px; top: -60px; z-index: 2; padding: 10px 18px; border-radius: 0 0 10px 10px;
+  background: #fff6f1; color: #150b08; font-weight: 600; }
+.skip:focus { top: 0; }
+:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; border-radius: 4px; }
+main:focus { outline: none; }
+.contents { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 28px; font-size: 14px; }
+.contents a { padding: 5px 14px; border: 1px solid var(--line); border-radius: 99px; color: var(--ink);
+  text-decoration: none; background: var(--card); }
+.contents a:hover { border-color: var(--lamp); color: var(--lamp); }
+
+section { margin-top: 56px; scroll-margin-top: 16px; }
 h2 { margin: 0 0 18px; font-size: 24px; line-height: 1.25; letter-spacing: -.018em; font-weight: 660; }
 h3 { margin: 0 0 12px; font-size: 16px; font-weight: 640; text-transform: none; }
 h3 small { font-weight: 450; color: var(--soft); margin-left: 8px; font-size: 14px; }
@@ -77,6 +88,14 @@ table.data { width: 100%; border-collapse: collapse; font-size: 15px; font-varia
   vertical-align: baseline; }
 .data thead th { border-top: 0; font-size: 13px; font-weight: 600; color: var(--soft); white-space: nowrap;
   vertical-align: bottom; }
+.data thead button { all: unset; box-sizing: border-box; cursor: pointer; min-height: 24px; margin: -4px -6px;
+  padding: 4px 6px; border-radius: 6px; }
+.data thead button:hover { color: var(--ink); background: var(--faint); }
+.data thead button:focus-visible { outline: 3px solid var(--focus); outline-offset: 0; }
+.data th[aria-sort] button::after { content: "\\25B4"; display: inline-block; width: 1em; margin-right: -2px;
+  text-align: center; font-size: 11px; opacity: .3; }
+.data th[aria-sort="ascending"] button::after { opacity: 1; color: var(--lamp); }
+.data th[aria-sort="descending"] button::after { opacity: 1; color: var(--lamp); transform: scaleY(-1); }
 .data thead th em { font-style: normal; font-weight: 450; margin-left: 4px; }
 .data .num { text-align: right; white-space: nowrap; }
 .data tbody th { font-weight: 550; }
@@ -113,6 +132,8 @@ svg.chart { display: block; width: 100%; min-width: 620px; height: auto; font-fa
 .chart .grid { stroke: var(--line); stroke-width: 1; }
 .chart .axis { stroke: var(--soft); stroke-width: 1; opacity: .6; }
 .chart text { fill: var(--soft); } .chart .tick { font-size: 13px; } .chart .label { font-size: 13.5px; }
+.plot details { margin-top: 10px; font-size: 14px; } .plot summary { cursor: pointer; color: var(--soft); }
+.plot .numbers { margin-top: 12px; box-shadow: none; } .plot .numbers table { font-size: 14px; }
 .c0 { --k: var(--k0); } .c1 { --k: var(--k1); } .c2 { --k: var(--k2); }
 .c3 { --k: var(--k3); } .c4 { --k: var(--k4); } .c5 { --k: var(--k5); }
 .curve path { fill: none; stroke: var(--k); stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round; }
@@ -161,6 +182,8 @@ footer .wrap { padding-top: 20px; padding-bottom: 36px; }
     --k0: #c8331b; --k1: #2163c4; --k2: #138a63; --k3: #a86a00; --k4: #7a45c2; --k5: #5b6472; }
   body { font-size: 11pt; } header .wrap { padding-top: 28px; padding-bottom: 70px; }
   section, .tile, .claim, figure, table.data tr { break-inside: avoid; } h2 { break-after: avoid; }
+  .skip, .contents, .plot details:not([open]), .data thead button::after {
+    display: none !important; }
   .scroll { overflow: visible; } svg.chart { min-width: 0; }
   .tile, .fill, .track, .legend i, tr.ours > * { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
   @page { margin: 14mm; }

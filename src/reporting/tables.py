@@ -12,6 +12,7 @@ from safelight.reporting.charts import format_column, format_number
 from safelight.reporting.markup import inline
 
 Better = Literal["lower", "higher"]
+_CURVE_ROWS = 12
 
 
 def data_table(
@@ -80,6 +81,16 @@ def metrics_table(
             line += _cell(None, True)
         lines.append(f"<tr>{line}</tr>")
     return f'<table class="data"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def curve_table(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str) -> str:
+    """The values of curves at up to twelve evenly chosen x, first and last among them, as HTML."""
+    places = sorted({float(x) for points in series.values() for x, _ in points if math.isfinite(x)})
+    if len(places) > _CURVE_ROWS:
+        places = [places[round(i * (len(places) - 1) / (_CURVE_ROWS - 1))] for i in range(_CURVE_ROWS)]
+    values = {name: {float(x): float(y) for x, y in points} for name, points in series.items()}
+    rows = [[f"{x:g}", *(values[name].get(x) for name in series)] for x in places]
+    return data_table("curve", [x_label, *series], rows, (), (), {})
 
 
 def _known(value: Any) -> Any:

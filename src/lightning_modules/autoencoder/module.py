@@ -106,15 +106,26 @@ class Autoencoder(SafelightModule):
         images = batch["image"].contiguous(memory_format=torch.channels_last)
         posterior = self.autoencoder.encode(images).latent_dist
         restored = self.autoencoder.decode(posterior.sample()).sample
-        absolute = F.l1_loss(restored, images)
-        edges = gradient_difference(restored, images)
+        reconstruction = self.reconstruction_loss(restored, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         with torch.no_grad():
             mean = posterior.mean.float()
             self.latent_mean.lerp_(mean.mean(dim=(0, 2, 3)), 0.01)
             self.latent_square.lerp_(mean.square().mean(dim=(0, 2, 3)), 0.01)
-        self.log_dict({"train/l1": absolute, "train/edges": edges, "train/kl": kl})
-        loss: Tensor = absolute + self.edge_weight * edges + self.kl_weight * kl
+        self.log("train/kl", kl)
+        loss: Tensor = reconstruction + self.kl_weight * kl
+        return loss
+
+    def reconstruction_loss(self, restored: Tensor, images: Tensor) -> Tensor:
+        """Absolute error + edges; override it to train on another one.
+
+        Args:
+            restored: what came out, (B, 3, H, W).
+            images: what went in, (B, 3, H, W) in [-1, 1].
+        """
+        absolute, edges = F.l1_loss(restored, images), gradient_difference(restored, images)
+        self.log_dict({"train/l1": absolute, "train/edges": edges})
+        loss: Tensor = absolute + self.edge_weight * edges
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -1,0 +1,1 @@
+"""Configurations that join Safelight's."""

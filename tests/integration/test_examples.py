@@ -1,0 +1,130 @@
+"""Every example runs, small, the way its reader would run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = REPOSITORY / "examples"
+SMALL = ("trainer=cpu", "trainer.max_steps=20", "data.test_size=40", "data.batch_size=32", "callbacks=quiet")
+
+
+def run(folder: Path, *command: str, **variables: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    environment.pop("SAFELIGHT_RUN_DIR", None)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def with_path(*folders: Path) -> str:
+    return os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+
+
+def test_all_examples_are_tested_here_and_listed() -> None:
+    listed = (EXAMPLES / "README.md").read_text()
+    here = Path(__file__).read_text()
+    for entry in EXAMPLES.iterdir():
+        if entry.name not in ("README.md", "__pycache__"):
+            assert f"]({entry.name}" in listed
+            assert f'"{entry.name}"' in here
+
+
+def test_own_trainer_and_tensors_without_hydra(tmp_path: Path) -> None:
+    source = (EXAMPLES / "own_trainer.py").read_text()
+    lines = [line for line in source.splitlines() if line and not line.startswith(('"""', "import", "from"))]
+    assert len(lines) <= 15
+    script = tmp_path / "own_trainer.py"
+    script.write_text(source + "\nimport sys\nassert not {'hydra', 'omegaconf'} & set(sys.modules)\n")
+    output = run(tmp_path, str(script), MAX_STEPS="25")
+    found = re.search(r"mean absolute error ([\d.]+) -> ([\d.]+)", output)
+    assert found is not None
+    before, after = map(float, found.groups())
+    assert after < 0.6 * before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["own_trainer.py"]
+
+
+def test_another_loss_is_the_one_that_is_trained(tmp_path: Path) -> None:
+    few, many = (
+        float(run(tmp_path, str(EXAMPLES / "another_loss.py"), MAX_STEPS=steps).split("charbonnier ")[-1])
+        for steps in ("1", "20")
+    )
+    assert many < 0.8 * few
+
+
+def test_notebook(tmp_path: Path) -> None:
+    small = {"trainer.max_steps": 2, "data": {"size": 4, "test_size": 4, "batch_size": 4}, "callbacks": "quiet"}
+    small |= {"method.correction_samples": 4, "method.random_masks": 1, "trainer.accelerator": "cpu"}
+    output = run(tmp_path, str(EXAMPLES / "notebook.py"), SETTINGS=json.dumps(small))
+    assert "pruned       latent error" in output
+    assert "open runs/notebook/export with diffusers" in output
+    assert "numbers equal the training run's" in output
+    assert (tmp_path / "runs" / "notebook" / "report" / "index.html").is_file()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plug-in as an installer leaves it."""
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path_factory.mktemp("source") / "plugin"
+    site = tmp_path_factory.mktemp("site")
+    # Building writes into the source folder: build a copy.
+    import shutil
+
+    shutil.copytree(EXAMPLES / "plugin", source)
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
+    run(source, "-m", "pip", "install", *offline, "--target", str(site), str(source))
+    return site
+
+
+def test_plugin_is_found_by_its_entry_point(installed: Path, tmp_path: Path) -> None:
+    train = (str(REPOSITORY / "train.py"),)
+    where = with_path(installed)
+    assert "is the colour behind a thing written in the judge's features?" in run(
+        tmp_path, *train, "--help", PYTHONPATH=where
+    )
+    wrong = subprocess.run(
+        [sys.executable, *train, "method=background_prob", "method.lr=-1"], cwd=tmp_path, capture_output=True,
+        text=True, env=os.environ | {"PYTHONPATH": where}, check=False, timeout=100,
+    )  # fmt: skip
+    assert wrong.returncode == 2
+    assert "'background_probe'" in wrong.stderr
+    assert "a number > 0" in wrong.stderr
+
+
+def test_plugin_learns_and_its_control_does_not(installed: Path, tmp_path: Path) -> None:
+    folder, where = tmp_path / "run", with_path(installed)
+    train = (str(REPOSITORY / "train.py"), "method=background_probe", *SMALL, f"run_dir={folder}")
+    run(tmp_path, *train, PYTHONPATH=where)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["metrics"]["accuracy"] > 0.9
+    assert summary["controls"]["shuffled"]["accuracy"] < 0.4
+    assert sorted(p.name for p in (folder / "export").iterdir()) == ["probe.json", "probe.safetensors"]
+    # The judge is frozen: a checkpoint of two small heads.
+    assert (folder / "checkpoints" / "last.ckpt").stat().st_size < 100_000
+    output = run(tmp_path, str(REPOSITORY / "eval.py"), f"ckpt_path={folder}/checkpoints/best.ckpt", PYTHONPATH=where)
+    assert "all 2 numbers equal the training run's" in output
+
+
+def test_plugin_by_search_path_alone(tmp_path: Path) -> None:
+    (command,) = re.findall(r"&& python (-m safelight.cli train .*)", (EXAMPLES / "plugin" / "README.md").read_text())
+    import shlex
+
+    words = shlex.split(command)
+    output = run(EXAMPLES / "plugin", *words, "--cfg", "job", PYTHONPATH=with_path(EXAMPLES / "plugin"))
+    assert "_target_: safelight_background_probe.method.BackgroundProbe" in output

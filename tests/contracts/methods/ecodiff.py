@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from safelight.testing.contracts import MethodContract
+from safelight.testing.pipelines import pipeline_folder
+
+
+class Contract(MethodContract):
+    method = "ecodiff"
+    opens_with = """
+import json, sys
+from safetensors.torch import load_file
+sys.path.insert(0, str(folder))
+from load import load_pipeline
+pipeline = load_pipeline(folder)
+picture = pipeline("a cat", height=16, width=16, num_inference_steps=2, max_sequence_length=16, output_type="pt").images
+assert picture.shape == (1, 3, 16, 16) and picture.isfinite().all()
+masks = load_file(next(folder.glob("masks*.safetensors")))
+assert 0 < sum(int(mask.sum()) for mask in masks.values()) < sum(mask.numel() for mask in masks.values())
+"""
+    # With gates half shut and no wish for sparsity, all there is to learn is to open those that matter.
+    overfit_changes = {"init": 0.0, "target_strength": 0.0, "correction": "after"}
+    volatile_metrics = ("latency_ratio",)
+
+    def overrides(self) -> list[str]:
+        return [
+            f"backbone={pipeline_folder('flux')}", "method.correction_samples=8", "method.random_masks=1",
+            "data.size=16", "data.test_size=5",
+        ]  # fmt: skip

@@ -9,13 +9,6 @@ from torch.nn import functional as F
 from safelight.generators import Conditioning, Generator
 from safelight.generators.noising import diffuse, flow_interpolate
 
-_ROW = 1_000_003
-
-
-def row_generator(step_seed: int, sample_seed: int) -> torch.Generator:
-    """Random numbers of one sample in one optimisation step, whichever process and row it is in."""
-    return torch.Generator().manual_seed((step_seed * _ROW + sample_seed) % 2**63)
-
 
 def denoising_loss(generator: Generator, cond: Conditioning, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
     """The model's ordinary training loss on given latents, at random noise levels.

@@ -278,7 +278,7 @@ class MethodContract:
     @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
     def test_a_copy_trains_like_the_original(self, how: str) -> None:
         """Copies are independent of the original and equal to it, also of a module that was trained."""
-        duplicate = copy.deepcopy if how == "deepcopy" else lambda module: pickle.loads(pickle.dumps(module))
+        duplicate: Any = copy.deepcopy if how == "deepcopy" else lambda module: pickle.loads(pickle.dumps(module))
         module = self.build()
         other = duplicate(module)
         fresh = state_of(other)
@@ -291,7 +291,8 @@ class MethodContract:
     def test_two_instances_do_not_disturb_each_other(self) -> None:
         """Training A is bit for bit the same with and without steps of B in between."""
         alone, beside = self.build(), self.build()
-        other = self.build(**({"seed": 7} if "seed" in self.settings() else {}))
+        changes: dict[str, Any] = {"seed": 7} if "seed" in self.settings() else {}
+        other = self.build(**changes)
 
         class Between(Callback):
             def on_train_batch_end(_, *args: Any) -> None:  # noqa: N805
@@ -455,7 +456,7 @@ class MethodContract:
 # -- looking into states -------------------------------------------------------------------------------------------
 
 
-def _pick(dataset: Any, count: int) -> list[Any]:
+def _pick(dataset: Any, count: int) -> Any:
     """Samples spread evenly over a data set, so that neighbours differ; all of a small one, over and over."""
     size = len(dataset)
     seed_everything(3, verbose=False)

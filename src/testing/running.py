@@ -69,7 +69,9 @@ class Watch(Callback):
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Hash of each tensor's bits by name."""
     return {
-        name: hashlib.sha256(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        name: hashlib.sha256(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         for name, value in tensors
         if value.numel()
     }
@@ -141,7 +143,7 @@ def _alone(task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     from lightning.pytorch.utilities import rank_zero_only
 
     # An earlier task may have been rank 1.
-    rank_zero_only.rank = 0
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
     with without_hydra():
         return task(*arguments)
 

@@ -52,9 +52,9 @@ def roughen(
 class Clip(SafelightModule):
     """A transformers ``CLIPModel`` trained with the contrastive loss.
 
-    Batches: a dict with ``image`` (B, 3, H, W) in [-1, 1], ``caption`` (B texts), and for testing ``thing`` (B words) and
-    ``index`` (B,), the sample's number. Each picture is told apart from all captions of the global batch; accumulated
-    batches are told apart one by one.
+    Batches: a dict with ``image`` (B, 3, H, W) in [-1, 1], ``caption`` (B texts), and for testing ``thing`` (B words)
+    and ``index`` (B,), the sample's number. Each picture is told apart from all captions of the global batch;
+    accumulated batches are told apart one by one.
 
     Args:
         pretrained: CLIP folder to start from: model, tokenizer and image processor. ``zoo:<name>`` is a shipped one.
@@ -119,7 +119,8 @@ class Clip(SafelightModule):
         if self.trainer.world_size > 1:
             # Every process computes the whole loss; the gradients of gathering add up to world size times the
             # gradient, which DDP's mean takes back.
-            image, text = (self.all_gather(part, sync_grads=True).flatten(0, 1) for part in (image, text))
+            gathered: Any = self.all_gather({"image": image, "text": text}, sync_grads=True)
+            image, text = gathered["image"].flatten(0, 1), gathered["text"].flatten(0, 1)
         loss = contrastive_loss(image, text, scale)
         self.log("train/loss", loss, prog_bar=True)
         return loss

@@ -129,7 +129,8 @@ class TextToImage(SafelightModule):
             config = self.vae.config
             mean = self.vae.encode(images[new].to(self.vae.dtype)).latent_dist.mode()
             fresh = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
-            for row, latent in zip(new, self.generator._pack(fresh).float().cpu(), strict=True):
+            packed = self.generator._pack(fresh).to("cpu", self.generator.latent_dtype)
+            for row, latent in zip(new, packed, strict=True):
                 self._latents[names[row]] = latent
         return torch.stack([self._latents[name] for name in names]).to(self.device)
 
@@ -265,7 +266,7 @@ class TextToImage(SafelightModule):
 
     def _usage(self) -> str:
         generator = self.generator
-        settings = {"height": generator.height, "width": generator.width}
+        settings: dict[str, Any] = {"height": generator.height, "width": generator.width}
         settings |= {"num_inference_steps": generator.num_inference_steps, "guidance_scale": generator.guidance_scale}
         if generator.family == "flux":
             settings["max_sequence_length"] = generator.max_sequence_length

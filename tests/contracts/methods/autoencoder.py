@@ -13,6 +13,8 @@ latents = model.encode(torch.linspace(-1, 1, 3 * 256).view(1, 3, 16, 16)).latent
 assert latents.shape == (1, 3, 8, 8) and latents.std() > 0
 assert model.decode(latents).sample.shape == (1, 3, 16, 16)
 """
+    # Some gradients are zero but for rounding (the bias of keys, for one), and Adam divides by their size.
+    equivalence_precision = "64-true"
 
     def overrides(self) -> list[str]:
         return [

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from safelight.testing.contracts import MethodContract
 from safelight.testing.pipelines import pipeline_folder
 
@@ -18,7 +20,7 @@ masks = load_file(next(folder.glob("masks*.safetensors")))
 assert 0 < sum(int(mask.sum()) for mask in masks.values()) < sum(mask.numel() for mask in masks.values())
 """
     # With gates half shut and no wish for sparsity, all there is to learn is to open those that matter.
-    overfit_changes = {"init": 0.0, "target_strength": 0.0, "correction": "after"}
+    overfit_changes: ClassVar[dict[str, Any]] = {"init": 0.0, "target_strength": 0.0, "correction": "after"}
     # The correction's gradients are small differences of large terms, and Adam divides by their size.
     equivalence_precision = "64-true"
     volatile_metrics = ("latency_ratio",)

@@ -95,13 +95,16 @@ def test_first_loss_is_the_formula(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["flux", "unet_sdxl"])
 def test_a_few_steps_learn_the_pictures(family: str) -> None:
-    # The velocity's weights make single losses of the U-Net too noisy to see a trend in fifteen of them.
-    module = TextToImage(backbone=generator(family), lr=1e-2, warmup_steps=2, empty_caption=0.0, weighting="uniform")
+    settings: dict[str, Any] = {"warmup_steps": 2, "empty_caption": 0.0}
+    module = TextToImage(backbone=generator(family), lr=1e-2, **settings)
     frozen = {key: value.clone() for key, value in module.vae.state_dict().items()}
     text = {key: value.clone() for key, value in module.trained["text_encoder"].state_dict().items()}
-    losses = Losses()
+    losses, without = Losses(), Losses()
     trainer(max_steps=15, callbacks=[losses]).fit(module, load(pictures(), 8))
-    assert sum(losses.values[-4:]) < 0.85 * sum(losses.values[:4])
+    # The same noises and noise levels meet the untrained model.
+    idle = TextToImage(backbone=generator(family), lr=1e-12, **settings)
+    trainer(max_steps=15, callbacks=[without]).fit(idle, load(pictures(), 8))
+    assert sum(losses.values[-4:]) < 0.95 * sum(without.values[-4:])
     assert all(torch.equal(value, frozen[key]) for key, value in module.vae.state_dict().items())
     moved = module.trained["text_encoder"].state_dict()
     assert any(not torch.equal(value, text[key]) for key, value in moved.items())

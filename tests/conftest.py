@@ -21,6 +21,8 @@ for _name, _value in {
 }.items():
     os.environ[_name] = _value
 
+pytest.register_assert_rewrite("safelight.testing.contracts")
+
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 

@@ -150,6 +150,7 @@ class ResumableLoader:
             # An explicit generator: starting an iterator must not draw from the global stream of the run.
             generator=torch.Generator().manual_seed(_mix(seed)),
         )
+        self.collate_fn = self._loader.collate_fn
         if len(self) == 0:
             raise SafelightError(
                 f"batch_size {batch_size} on {self._ranks()[1]} process(es) is more than the {self._size} items of the "

@@ -33,14 +33,15 @@ def diffuse(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error in fp32.
+    """Mean squared error in fp32 or better.
 
     Args:
         prediction: (B, ...).
         target: like ``prediction``.
         weight: one factor per sample, (B,); None for ones.
     """
-    error = (prediction.float() - target.float()).square()
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    error = (prediction.to(wide) - target.to(wide)).square()
     if weight is None:
         return error.mean()
     return (error.flatten(1).mean(dim=1) * weight).mean()

@@ -106,10 +106,16 @@ class SafelightModule(LightningModule):
         result.missing_keys.clear()
         return result
 
-    def words(self, key: str) -> list[str]:
-        """The distinct texts under ``key`` in the test samples, sorted: what a judge is to choose between."""
+    def words(self, key: str, first_only: bool = False) -> list[str]:
+        """The distinct texts under ``key`` in the test samples, sorted: what a judge is to choose between.
+
+        Args:
+            key: of the samples.
+            first_only: look into the first test loader only.
+        """
         loaders = self.trainer.test_dataloaders
         loaders = loaders if isinstance(loaders, list) else [loaders]
+        loaders = loaders[:1] if first_only else loaders
         return sorted({sample[key] for loader in loaders for sample in loader.dataset})
 
     def export(self, folder: Path) -> Path:

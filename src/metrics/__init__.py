@@ -8,10 +8,12 @@ from safelight.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from safelight.metrics.accuracy import ConceptAccuracy as ConceptAccuracy
+    from safelight.metrics.accuracy import ShuffledAccuracy as ShuffledAccuracy
     from safelight.metrics.clip import ClipJudge as ClipJudge
     from safelight.metrics.cost import cost_report as cost_report
     from safelight.metrics.distance import FeatureDistance as FeatureDistance
     from safelight.metrics.latent import LatentError as LatentError
+    from safelight.metrics.samples import SampleMean as SampleMean
     from safelight.metrics.structure import SSIM as SSIM
 
 _HOME = {
@@ -20,6 +22,8 @@ _HOME = {
     "ConceptAccuracy": "accuracy",
     "FeatureDistance": "distance",
     "LatentError": "latent",
+    "SampleMean": "samples",
+    "ShuffledAccuracy": "accuracy",
     "cost_report": "cost",
 }
 __all__ = sorted(_HOME)

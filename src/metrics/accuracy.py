@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from safelight.errors import SafelightError
@@ -54,3 +55,25 @@ class ConceptAccuracy(PerSample):
     def compute(self) -> Tensor:
         """Accuracy in [0, 1] over distinct samples."""
         return self.rows().mean()
+
+
+class ShuffledAccuracy(PerSample):
+    """Control of :class:`ConceptAccuracy`: the same predictions against what another sample asks for.
+
+    The other sample is half the set away in the order of the indices, because neighbours often show the same thing.
+    """
+
+    def update(self, prediction: Tensor, target: Tensor, index: Tensor | None = None) -> None:
+        """Adds samples.
+
+        Args:
+            prediction: Class numbers ``(B,)``.
+            target: Class numbers ``(B,)``.
+            index: Sample indices ``(B,)``; repeats are dropped.
+        """
+        self.keep(torch.stack([prediction, target.to(prediction.device)], dim=1), index)
+
+    def compute(self) -> Tensor:
+        """Share in [0, 1] over distinct samples."""
+        prediction, target = self.rows().unbind(1)
+        return (prediction == target.roll(len(target) // 2)).float().mean()

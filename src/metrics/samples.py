@@ -77,3 +77,20 @@ class PerSample(Metric):
         if len(self.values) == 0:
             raise SafelightError(f"{type(self).__name__}: no sample was seen, update() was never called")
         return distinct(dim_zero_cat(self.index), dim_zero_cat(self.values))[0]
+
+
+class SampleMean(PerSample):
+    """Mean of one number per sample."""
+
+    def update(self, values: Tensor, index: Tensor | None = None) -> None:
+        """Adds samples.
+
+        Args:
+            values: ``(B,)``.
+            index: Sample indices ``(B,)``; repeats are dropped.
+        """
+        self.keep(values.float(), index)
+
+    def compute(self) -> Tensor:
+        """The mean over distinct samples."""
+        return self.rows().mean()

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from safelight.datamodules.loading import ResumableLoader
 from safelight.lightning_modules.base import SafelightModule
+from safelight.reporting import write_model_card
 
 # "<step>:<signal>": the process sends itself that signal in that step.
 SIGNAL_VARIABLE = "TOY_SIGNAL"
@@ -71,8 +72,16 @@ class Toy(SafelightModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
     def export(self, folder: Path) -> Path:
-        """The first layer as JSON."""
+        """The first layer as JSON, and its card."""
         (folder / "plane.json").write_text(json.dumps(self.net[0].weight.tolist()), encoding="utf-8")
+        write_model_card(
+            folder,
+            title="Plane",
+            command="python train.py method=toy",
+            data="twenty random points",
+            metrics=getattr(self, "run_facts", {}).get("metrics", {}),
+            licence="apache-2.0",
+        )
         return folder
 
     def full_size_command(self) -> str:

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from safelight.lightning_modules.base import SafelightModule
+from safelight.lightning_modules.randomness import normal, row_generators
 from safelight.lightning_modules.schedules import warmup_cosine
+from safelight.metrics import SampleMean
+from safelight.reporting import write_model_card
 
 
 def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ def whiten_latents(autoencoder: Any, mean: Tensor, std: Tensor) -> None:
 class Autoencoder(SafelightModule):
     """A diffusers ``AutoencoderKL`` trained on pictures with an absolute, a gradient and a KL term.
 
-    Batches: a dict with ``image`` (B, 3, H, W) in [-1, 1].
+    Batches: a dict with ``image`` (B, 3, H, W) in [-1, 1], and for testing ``index`` (B,), the sample's number.
 
     Args:
         block_out_channels: width per resolution; each block after the first halves the edge.
@@ -58,6 +61,7 @@ class Autoencoder(SafelightModule):
         warmup_steps: optimiser steps of linear warm-up.
         kl_weight: weight of the mean KL divergence per latent value against the mean absolute error per colour value.
         edge_weight: weight of the gradient difference.
+        seed: noise on the latents is a function of (seed, step, place in the global batch).
     """
 
     metric_names = ("psnr", "l1")
@@ -73,11 +77,13 @@ class Autoencoder(SafelightModule):
         warmup_steps: Annotated[int, Ge(0)] = 100,
         kl_weight: Annotated[float, Ge(0)] = 1e-3,
         edge_weight: Annotated[float, Ge(0)] = 0.5,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         levels = len(block_out_channels)
         self.lr, self.warmup_steps, self.kl_weight, self.edge_weight = lr, warmup_steps, kl_weight, edge_weight
+        self.seed = seed
         autoencoder: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
@@ -95,6 +101,7 @@ class Autoencoder(SafelightModule):
         # Running moments of the latents, for the whitening at export.
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_square", torch.ones(latent_channels))
+        self._moments: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstructions of (B, 3, H, W) pictures through the latent means."""
@@ -105,13 +112,12 @@ class Autoencoder(SafelightModule):
         """Absolute error + edges + KL."""
         images = batch["image"].contiguous(memory_format=torch.channels_last)
         posterior = self.autoencoder.encode(images).latent_dist
-        restored = self.autoencoder.decode(posterior.sample()).sample
+        noise = normal(row_generators(self, self.seed, len(images), batch_idx), posterior.mean.shape[1:])
+        restored = self.autoencoder.decode(posterior.mean + posterior.std * noise.to(posterior.mean)).sample
         reconstruction = self.reconstruction_loss(restored, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        with torch.no_grad():
-            mean = posterior.mean.float()
-            self.latent_mean.lerp_(mean.mean(dim=(0, 2, 3)), 0.01)
-            self.latent_square.lerp_(mean.square().mean(dim=(0, 2, 3)), 0.01)
+        mean = posterior.mean.detach().to(self.latent_mean)
+        self._moments.append(torch.stack([mean.mean(dim=(0, 2, 3)), mean.square().mean(dim=(0, 2, 3))]))
         self.log("train/kl", kl)
         loss: Tensor = reconstruction + self.kl_weight * kl
         return loss
@@ -128,27 +134,45 @@ class Autoencoder(SafelightModule):
         loss: Tensor = absolute + self.edge_weight * edges
         return loss
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the running moments towards those of the whole batch: all accumulated ones, all processes."""
+        super().optimizer_step(*args, **kwargs)
+        moments = self.trainer.strategy.reduce(torch.stack(self._moments).mean(0), reduce_op="mean")
+        self._moments.clear()
+        for running, new in zip((self.latent_mean, self.latent_square), moments, strict=True):
+            running.lerp_(new, 0.01)
+
+    def on_validation_start(self) -> None:
+        """Fresh means."""
+        self._means = {name: SampleMean().to(self.device) for name in self.metric_names}
+
+    on_test_start = on_validation_start
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Reconstruction error on held-out pictures."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Reconstruction error on held-out pictures; other loaders are passed over."""
         if dataloader_idx == 0:
-            self._evaluate(batch, "test")
+            self._evaluate(batch)
 
-    def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Log the means."""
+        self.log_dict({f"val/{name}": mean.compute() for name, mean in self._means.items()})
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means."""
+        self.log_dict({f"test/{name}": mean.compute() for name, mean in self._means.items()})
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
         images = batch["image"]
         restored = self(images).float().clamp(-1, 1)
         # Colours in [0, 1]: half of the difference in [-1, 1].
         error = ((restored - images) / 2).square().mean(dim=(1, 2, 3))
-        psnr = (-10 * error.log10()).mean()
-        self.log_dict(
-            {f"{stage}/psnr": psnr, f"{stage}/l1": F.l1_loss(restored, images)},
-            batch_size=len(images),
-            sync_dist=True,
-            add_dataloader_idx=False,
-        )
+        index = batch.get("index")
+        self._means["psnr"].update(-10 * error.log10(), index)
+        self._means["l1"].update((restored - images).abs().mean(dim=(1, 2, 3)), index)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with linear warm-up and cosine decay over the whole run."""
@@ -160,10 +184,22 @@ class Autoencoder(SafelightModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def export(self, folder: Path) -> Path:
-        """Write the autoencoder as a diffusers folder, its latents whitened."""
+        """Write the autoencoder as a diffusers folder with its card, its latents whitened."""
         std = (self.latent_square - self.latent_mean.square()).clamp_min(1e-8).sqrt()
         model: Any = AutoencoderKL.from_config(self.autoencoder.config)
         model.load_state_dict(self.autoencoder.state_dict())
         whiten_latents(model.cpu(), self.latent_mean.cpu(), std.cpu())
         model.save_pretrained(folder)
+        facts = getattr(self, "run_facts", {})
+        write_model_card(
+            folder,
+            title="Autoencoder",
+            command=facts.get("command") or "python train.py method=autoencoder",
+            data=f"pictures of the data set `{facts.get('data') or 'given'}`",
+            metrics=facts.get("metrics", {}),
+            licence="apache-2.0",
+            library_name="diffusers",
+            text="The channels of the latents have mean 0 and variance 1 on the training pictures.",
+            usage='from diffusers import AutoencoderKL\n\nautoencoder = AutoencoderKL.from_pretrained(".")\n',
+        )
         return folder

@@ -16,8 +16,8 @@ from safelight.generators import Conditioning, Generator, load_generator
 from safelight.generators.targets import DenseTargets, check_batch
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.heal.lora import add_lora, lora_parameters, lora_targets
-from safelight.lightning_modules.heal.objective import denoising_loss, final_loss, row_generator, step_loss
-from safelight.lightning_modules.randomness import step_generator, step_seed
+from safelight.lightning_modules.heal.objective import denoising_loss, final_loss, step_loss
+from safelight.lightning_modules.randomness import normal, row_generator, step_generator, step_seed, uniform
 from safelight.lightning_modules.schedules import warmup_cosine
 from safelight.masking import find_units, harden, magnitude_scores, remove, save_pruned
 from safelight.metrics import SSIM, LatentError
@@ -104,7 +104,8 @@ class Heal(SafelightModule):
         cond = self.targets.conditioning(prompts)
         noise = self.teacher.noise(seeds)
         dense = self._dense(prompts, seeds, noise, cond)
-        step = self.trainer.fit_loop.total_batch_idx
+        # The same for all accumulated batches of a step, which are one batch in parts.
+        step = self.trainer.global_step
         if self.objective == "step":
             i = int(torch.randint(dense.shape[1] - 1, (), generator=step_generator(self.seed, step)))
             loss = step_loss(self.student, cond, dense[:, i], dense[:, i + 1], i)
@@ -112,8 +113,7 @@ class Heal(SafelightModule):
             loss = final_loss(self.student, cond, noise, dense)
         else:
             rows = [row_generator(step_seed(self.seed, step), seed) for seed in seeds]
-            fresh = torch.stack([torch.randn(dense.shape[1:], generator=row) for row in rows]).to(dense)
-            level = torch.cat([torch.rand(1, generator=row) for row in rows]).to(dense)
+            fresh, level = normal(rows, dense.shape[1:]).to(dense), uniform(rows).to(dense)
             loss = denoising_loss(self.student, cond, dense, fresh, level)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(prompts))
         return loss

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from safelight.generators import Conditioning, Generator
 from safelight.generators.noising import diffuse, flow_interpolate
-
-_ROW = 1_000_003
-
-
-def row_generator(step_seed: int, sample_seed: int) -> torch.Generator:
-    """Random numbers of one sample in one optimisation step, whichever process and row it is in."""
-    return torch.Generator().manual_seed((step_seed * _ROW + sample_seed) % 2**63)
 
 
 def denoising_loss(generator: Generator, cond: Conditioning, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
@@ -51,7 +43,8 @@ def denoising_loss(generator: Generator, cond: Conditioning, clean: Tensor, nois
 def step_loss(generator: Generator, cond: Conditioning, before: Tensor, after: Tensor, i: int) -> Tensor:
     """One sampler step from the dense model's latent shall land on the dense model's next one.
 
-    Divided by the step's own mean square, so that all steps weigh the same.
+    Divided by the mean square of the sample's own step, so that all steps weigh the same and a batch's loss is the mean
+    of its samples' losses, however they are spread over processes.
 
     Args:
         generator: the model that learns.
@@ -61,7 +54,8 @@ def step_loss(generator: Generator, cond: Conditioning, before: Tensor, after: T
         i: step index.
     """
     moved = generator.step(before, i, cond)
-    return F.mse_loss(moved, after) / F.mse_loss(before, after).clamp_min(1e-12)
+    error, size = ((latent - after).square().flatten(1).mean(1) for latent in (moved, before))
+    return (error / size.clamp_min(1e-12)).mean()
 
 
 def final_loss(generator: Generator, cond: Conditioning, noise: Tensor, target: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from safelight.errors import SafelightError
 from safelight.generators import Conditioning, Generator, load_generator
 from safelight.generators.noising import denoising_loss, diffuse, flow_interpolate, logit_normal
 from safelight.lightning_modules.base import SafelightModule
-from safelight.lightning_modules.randomness import step_generator
+from safelight.lightning_modules.randomness import normal, row_generators, uniform
 from safelight.lightning_modules.schedules import warmup_cosine
-from safelight.metrics import ClipJudge, ConceptAccuracy
+from safelight.metrics import ClipJudge, ConceptAccuracy, ShuffledAccuracy
 from safelight.reporting import write_model_card
 
 
@@ -46,7 +46,7 @@ class TextToImage(SafelightModule):
         weighting: of the noise-prediction loss over noise levels: ``velocity`` weighs the squared error by 1 / signal
             share, which makes it the velocity's error (arXiv 2202.00512, table 1); ``uniform`` is the original loss.
         judge: CLIP folder or ``zoo:`` name that names the generated pictures.
-        seed: noise, noise levels and caption dropout are functions of (seed, step, rank).
+        seed: noise, noise levels and caption dropout are functions of (seed, step, place in the global batch).
     """
 
     frozen = ("vae", "_judge")
@@ -130,23 +130,23 @@ class TextToImage(SafelightModule):
             config = self.vae.config
             mean = self.vae.encode(images[new].to(self.vae.dtype)).latent_dist.mode()
             fresh = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
-            for row, latent in zip(new, self.generator._pack(fresh).float().cpu(), strict=True):
+            packed = self.generator._pack(fresh).to("cpu", self.generator.latent_dtype)
+            for row, latent in zip(new, packed, strict=True):
                 self._latents[names[row]] = latent
         return torch.stack([self._latents[name] for name in names]).to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Denoising loss at random noise levels."""
         clean = self.latents(batch["image"], batch["index"])
-        rows = len(clean)
         self._captions = self._captions or list(batch["caption"][:8])
-        random = step_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
-        noise = torch.randn(clean.shape, generator=random).to(clean)
-        keep = (torch.rand(rows, generator=random) >= self.empty_caption).tolist()
+        rows = row_generators(self, self.seed, len(clean), batch_idx)
+        noise = normal(rows, clean.shape[1:]).to(clean)
+        keep = (uniform(rows) >= self.empty_caption).tolist()
         cond = self.condition([caption if kept else "" for caption, kept in zip(batch["caption"], keep, strict=True)])
         weight = None
         if self.generator.family == "unet":
             scheduler = self.generator.scheduler
-            steps = torch.randint(0, scheduler.config.num_train_timesteps, (rows,), generator=random)
+            steps = (uniform(rows) * scheduler.config.num_train_timesteps).long()
             signal = scheduler.alphas_cumprod[steps].to(clean)
             noisy, timestep, target = diffuse(clean, noise, signal), steps.to(clean), noise
             if self.weighting == "velocity":
@@ -154,7 +154,7 @@ class TextToImage(SafelightModule):
                 # which is where few-step samplers decide what to draw.
                 weight = 1 / signal
         else:
-            sigma = logit_normal(rows, self.sigma_mean, self.sigma_std, random).to(clean)
+            sigma = torch.cat([logit_normal(1, self.sigma_mean, self.sigma_std, row) for row in rows]).to(clean)
             noisy, target = flow_interpolate(clean, noise, sigma)
             timestep = sigma * 1000
         loss = denoising_loss(self.generator.denoise(noisy, timestep, cond), target, weight)
@@ -210,7 +210,7 @@ class TextToImage(SafelightModule):
         self._judge = ClipJudge(self.judge).to(self.device)
         self._words = self.words("thing")
         self._hits = {name: ConceptAccuracy().to(self.device) for name in ("held_out", "trained")}
-        self._chance = {name: ConceptAccuracy().to(self.device) for name in ("held_out", "trained")}
+        self._chance = {name: ShuffledAccuracy().to(self.device) for name in ("held_out", "trained")}
         self.shown: list[tuple[str, Tensor]] = []
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -221,8 +221,7 @@ class TextToImage(SafelightModule):
         seen = self._judge.classify(pictures, [f"a {word}" for word in self._words])
         asked = torch.tensor([self._words.index(thing) for thing in batch["thing"]], device=seen.device)
         self._hits[name].update(seen, asked, indices)
-        # Half a batch away, because neighbours often show the same thing.
-        self._chance[name].update(seen, asked.roll(len(asked) // 2), indices)
+        self._chance[name].update(seen, asked, indices)
         if name == "held_out" and len(self.shown) < 48:
             self.shown += list(zip(batch["caption"], pictures.cpu(), strict=True))
 

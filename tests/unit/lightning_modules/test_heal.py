@@ -19,7 +19,8 @@ from safelight.errors import SafelightError
 from safelight.generators import Generator, generator_for
 from safelight.lightning_modules import Heal
 from safelight.lightning_modules.heal.lora import lora_targets
-from safelight.lightning_modules.heal.objective import denoising_loss, row_generator, step_loss
+from safelight.lightning_modules.heal.objective import denoising_loss, step_loss
+from safelight.lightning_modules.randomness import row_generator
 from safelight.masking import find_units, remove
 from safelight.testing.denoisers import build_denoiser
 from safelight.testing.pipelines import build_pipeline

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from safelight.generators import Generator, generator_for
 from safelight.lightning_modules import Autoencoder, Clip, TextToImage
 from safelight.lightning_modules.autoencoder.module import whiten_latents
-from safelight.lightning_modules.randomness import step_generator
+from safelight.lightning_modules.randomness import row_generator, step_seed
 from safelight.testing.pipelines import build_pipeline
 
 WORDS = ("ant", "bee", "cat", "dog")
@@ -55,10 +55,9 @@ class Losses(Callback):
 
 @pytest.mark.parametrize("family", ["flux", "unet_sdxl"])
 def test_first_loss_is_the_formula(family: str) -> None:
-    module = TextToImage(backbone=generator(family), lr=1e-9, empty_caption=0.5, seed=3)
+    module = TextToImage(backbone=generator(family), lr=1e-9, empty_caption=0.5, seed=4)
     batch = next(iter(load(pictures())))
     losses = Losses()
-    module.trained.eval()  # the tiny T5 has dropout
     trainer(max_steps=1, callbacks=[losses]).fit(module, load(pictures()))
 
     other, pipeline = generator(family), module.generator.pipeline
@@ -66,10 +65,10 @@ def test_first_loss_is_the_formula(family: str) -> None:
     with torch.no_grad():
         clean = vae.encode(batch["image"]).latent_dist.mean
     clean = (clean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    random = step_generator(3, 0, 0)
+    rows = [row_generator(step_seed(4, 0), row) for row in range(4)]
     clean = other._pack(clean)
-    noise = torch.randn(clean.shape, generator=random)
-    dropped = torch.rand(4, generator=random) < 0.5
+    noise = torch.stack([torch.randn(clean.shape[1:], generator=row) for row in rows])
+    dropped = torch.cat([torch.rand(1, generator=row) for row in rows]) < 0.5
     assert 0 < dropped.sum() < 4
     captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"], strict=True)]
     cond = {key: value for key, value in other.encode(captions).items() if not key.startswith("negative")}
@@ -78,11 +77,11 @@ def test_first_loss_is_the_formula(family: str) -> None:
             cond[key][dropped] = 0
     wide = (-1, *[1] * (clean.ndim - 1))
     if family == "flux":
-        level = torch.sigmoid(0.5 + 1.2 * torch.randn(4, generator=random))
+        level = torch.sigmoid(0.5 + 1.2 * torch.cat([torch.randn(1, generator=row) for row in rows]))
         noisy = clean + level.view(wide) * (noise - clean)
         target, timestep = noise - clean, 1000 * level
     else:
-        steps = torch.randint(0, 1000, (4,), generator=random)
+        steps = torch.cat([1000 * torch.rand(1, generator=row) for row in rows]).long()
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
         kept = torch.cumprod(1 - betas, 0)[steps].view(wide)
         noisy, target, timestep = kept.sqrt() * clean + (1 - kept).sqrt() * noise, noise, steps.float()
@@ -96,13 +95,16 @@ def test_first_loss_is_the_formula(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["flux", "unet_sdxl"])
 def test_a_few_steps_learn_the_pictures(family: str) -> None:
-    module = TextToImage(backbone=generator(family), lr=1e-2, warmup_steps=2, empty_caption=0.0)
+    settings: dict[str, Any] = {"warmup_steps": 2, "empty_caption": 0.0}
+    module = TextToImage(backbone=generator(family), lr=1e-2, **settings)
     frozen = {key: value.clone() for key, value in module.vae.state_dict().items()}
     text = {key: value.clone() for key, value in module.trained["text_encoder"].state_dict().items()}
-    losses = Losses()
+    losses, without = Losses(), Losses()
     trainer(max_steps=15, callbacks=[losses]).fit(module, load(pictures(), 8))
-    print(losses.values)
-    assert sum(losses.values[-4:]) < 0.85 * sum(losses.values[:4])
+    # The same noises and noise levels meet the untrained model.
+    idle = TextToImage(backbone=generator(family), lr=1e-12, **settings)
+    trainer(max_steps=15, callbacks=[without]).fit(idle, load(pictures(), 8))
+    assert sum(losses.values[-4:]) < 0.95 * sum(without.values[-4:])
     assert all(torch.equal(value, frozen[key]) for key, value in module.vae.state_dict().items())
     moved = module.trained["text_encoder"].state_dict()
     assert any(not torch.equal(value, text[key]) for key, value in moved.items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safelight.errors import SafelightError
-from safelight.metrics import SSIM, ConceptAccuracy, LatentError
+from safelight.metrics import SSIM, ConceptAccuracy, LatentError, SampleMean, ShuffledAccuracy
 from safelight.metrics.samples import distinct
 
 
@@ -117,3 +117,18 @@ def test_metric_survives_a_state_dict_and_a_reset() -> None:
     metric.update(torch.zeros(1, 2), torch.zeros(1, 2))
     assert metric.compute()["mean"].item() == 0
     assert not math.isnan(metric.compute()["median"].item())
+
+
+def test_sample_mean_counts_a_repeated_sample_once() -> None:
+    metric = SampleMean()
+    metric.update(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
+    metric.update(torch.tensor([6.0, 1.0]), torch.tensor([2, 0]))
+    assert metric.compute().item() == pytest.approx(3.0)
+
+
+def test_shuffled_accuracy_asks_for_what_is_half_a_set_away() -> None:
+    metric = ShuffledAccuracy()
+    # In the order of the indices: seen 0 1 1 0, asked 0 1 0 1, asked half a set away 0 1 0 1.
+    metric.update(torch.tensor([0, 1]), torch.tensor([1, 1]), torch.tensor([9, 4]))
+    metric.update(torch.tensor([1, 0, 0]), torch.tensor([0, 0, 0]), torch.tensor([7, 1, 1]))
+    assert metric.compute().item() == pytest.approx(0.5)

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+from safelight.testing.contracts import MethodContract
+
+
+class Contract(MethodContract):
+    method = "toy"
+    opens_with = "import json; assert len(json.loads((folder / 'plane.json').read_text())) == 8"
+    batch_size = 4
+    overfit_steps = 60
+    exempt: ClassVar[dict[str, str]] = {
+        "test_two_processes_measure_what_one_measures": "its test adds noise, which eval.py has to meet again",
+        "test_metrics_do_not_depend_on_the_batches": "its test adds noise, which eval.py has to meet again",
+    }
+
+    def overrides(self) -> list[str]:
+        return ["hydra.searchpath=[pkg://toy_plugin.configs]", "method.mode=plain", "method.dropout=0"]

@@ -19,7 +19,7 @@ import copy
 import importlib
 import math
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from safelight.cli.composing import compose, options
@@ -44,8 +44,8 @@ from safelight.testing.running import (
     quiet_trainer,
     without_safelight,
 )
+from safelight.testing.states import State, all_bytes, frozen_tensors, not_plain, same, state_of
 
-State = dict[str, Tensor]
 EQUIVALENCE_STEPS = 5
 ODD = 5
 """Test samples: two processes must repeat one of them."""
@@ -453,60 +453,9 @@ class MethodContract:
         return self.measured_after(file, devices=2, strategy="ddp")
 
 
-# -- looking into states -------------------------------------------------------------------------------------------
-
-
 def _pick(dataset: Any, count: int) -> Any:
     """Samples spread evenly over a data set, so that neighbours differ; all of a small one, over and over."""
     size = len(dataset)
     seed_everything(3, verbose=False)
     places = [round(i * (size - 1) / max(count - 1, 1)) for i in range(count)] if count <= size else range(count)
     return [dataset[place % size] for place in places]
-
-
-def state_of(module: nn.Module) -> State:
-    """A copy of what a checkpoint would hold."""
-    return {key: value.detach().clone() for key, value in module.state_dict().items()}
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def frozen_tensors(module: SafelightModule) -> list[tuple[str, Tensor]]:
-    """Tensors of the declared frozen parts, and of the pipelines that a module holds without registering them."""
-    parts = {name: part for name in module.frozen if isinstance(part := getattr(module, name, None), nn.Module)}
-    for name, value in vars(module).items():
-        components = getattr(getattr(value, "pipeline", None), "components", {})
-        parts |= {f"{name}.{key}": part for key, part in components.items() if isinstance(part, nn.Module)}
-    return [
-        (f"{name}.{key}", tensor)
-        for name, part in parts.items()
-        for key, tensor in part.state_dict(keep_vars=True).items()
-    ]
-
-
-def all_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested containers; those that share memory count once, as in a file."""
-    return sum(
-        {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _inside(value)}.values()
-    )
-
-
-def _inside(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple | set):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _inside(inner)
-
-
-def not_plain(value: Any, where: str = "") -> list[str]:
-    """Places in nested containers that hold anything but text, numbers, truth values and None."""
-    if isinstance(value, Mapping):
-        return [found for key, inner in value.items() for found in not_plain(inner, f"{where}.{key}")]
-    if isinstance(value, list | tuple):
-        return [found for i, inner in enumerate(value) for found in not_plain(inner, f"{where}[{i}]")]
-    plain = value is None or type(value) in (bool, int, float, str)
-    return [] if plain else [f"{where.lstrip('.')}: {type(value).__name__}"]

@@ -102,7 +102,8 @@ def test_roughening_shifts_softens_and_adds_noise() -> None:
     images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 
     def rough(shift: int, noise: float, seed: int = 0) -> Tensor:
-        return roughen(images, torch.Generator().manual_seed(seed), shift, noise)
+        rows = [torch.Generator().manual_seed(seed + row) for row in (1, 2)]
+        return roughen(images, torch.Generator().manual_seed(seed), rows, shift, noise)
 
     assert rough(4, 0.1).shape == images.shape
     assert torch.equal(rough(4, 0.1), rough(4, 0.1))

@@ -69,7 +69,7 @@ def drawn(edges: dict[str, set[str]]) -> list[tuple[str, str]]:
 def svg() -> str:
     """The whole picture, light on any background."""
     imports, by_name, texts = graph(), reading.named(), reading.rooms()
-    edges = {room: targets | (by_name if room == BUILDER else set()) for room, targets in imports.items()}
+    edges = {room: targets | (by_name - {room} if room == BUILDER else set()) for room, targets in imports.items()}
     rows, ways = _routed(floors(edges), drawn(edges))
     rows = _untangled(rows, [pair for way in ways.values() for pair in itertools.pairwise(way)])
     places = _placed(rows, texts)

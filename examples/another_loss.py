@@ -20,6 +20,7 @@ class CharbonnierAutoencoder(Autoencoder):
         return loss
 
 
+L.seed_everything(0)
 method = CharbonnierAutoencoder(warmup_steps=5)
 trainer = L.Trainer(max_steps=int(os.environ.get("MAX_STEPS", "60")), logger=False, enable_checkpointing=False)
 trainer.fit(method, DataLoader(EmojiDataset("train", image_size=32), batch_size=16, shuffle=True))

@@ -38,10 +38,10 @@ NOT_MEASURED = ["test=false", "export=false", "report=false"]
 
 
 def lines() -> Iterator[tuple[str, str]]:
-    """``(page, command)`` for every command; ``a && b`` are two, comments are dropped."""
+    """``(page, command)`` for every command; ``a && b`` are two, comments are dropped, continued lines are joined."""
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 text = re.sub(r"\s+#.*$|^#.*$", "", line).strip()
                 for command in text.split(" && ") if text else ():
                     yield str(page.relative_to(REPOSITORY)), command
@@ -133,8 +133,12 @@ def rule_train(words: list[str]) -> None:
     if "--help" in words or "--cfg" in words:
         assert cli.train_main(words) == 0
     elif "-m" in words:
-        jobs = expand([word for word in words if word != "-m" and not word.startswith("sweep_dir=")])
-        assert len(jobs) > 1
+        own = ("sweep_dir=", "sweep=", "sweep.")
+        searched = "sweep=optuna" in words
+        # An interval means something to a search only; each end of it stands for a job here.
+        words = [re.sub(r"=(tag\(log,)?interval\(([^,]+),([^)]+)\)\)?", r"=\2,\3", word) for word in words]
+        jobs = expand([word for word in words if word != "-m" and not word.startswith(own)])
+        assert len(jobs) > 1 or searched
         for job in jobs:
             composing.compose_valid(job)
     else:
@@ -169,9 +173,17 @@ def rule_elsewhere(words: list[str]) -> None:
     assert all((REPOSITORY / word).exists() for word in words if word.startswith(("examples/", "docs/", "benchmarks/")))
 
 
+def rule_safelight(words: list[str]) -> None:
+    """The commands around a run: test_commands runs each of them; here they must exist."""
+    from safelight.cli.commands import COMMANDS
+
+    assert words[1] in COMMANDS
+
+
 RULES = (
     (r"python train\.py method=background_probe|cd examples/plugin$", rule_elsewhere),  # the plug-in: test_examples
     (r"(\.venv/bin/)?python train\.py( |$)", rule_train),
+    (r"safelight ", rule_safelight),
     (r"torchrun .* train\.py ", rule_train),
     (r"python eval\.py ", rule_eval),
     (r"(\.venv/bin/)?pip install |python3 -m venv \.venv$", rule_install),

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from safelight.cli import composing
 from safelight.cli.ending import as_table
+from safelight.cli.places import why_unwritable
 from safelight.cli.problems import ConfigError, Problem
 from safelight.cli.validation import validate
 from safelight.errors import SafelightError
@@ -35,16 +37,19 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     for typed in overrides:
         try:
             (override,) = parser.parse_overrides([typed])
+            if not override.is_sweep_override():
+                choices.append([typed])
+                continue
+            key, pattern = override.get_key_element(), override.value()
+            if isinstance(pattern, Glob):
+                values = [str(name) for name in pattern.filter(composing.options(override.key_or_group))]
+            else:
+                values = [str(value) for value in override.sweep_string_iterator()]
         except HydraException as error:
             raise ConfigError([Problem(typed, "cannot be read as key=value,value,…", typed=typed)]) from error
-        key, pattern = override.get_key_element(), override.value()
-        if not override.is_sweep_override():
-            choices.append([typed])
-        elif isinstance(pattern, Glob):
-            names = pattern.filter(composing.options(override.key_or_group))
-            choices.append([f"{key}={name}" for name in names])
-        else:
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        if not values:
+            raise ConfigError([Problem(typed, "stands for no value at all, so there is nothing to run", typed=typed)])
+        choices.append([f"{key}={value}" for value in values])
     return [list(combination) for combination in itertools.product(*choices)]
 
 
@@ -66,11 +71,11 @@ def sweep(overrides: Sequence[str], program: str) -> int:
     problems = [problem for job in jobs for problem in _problems(job)]
     if problems:
         raise ConfigError(list({(p.where, p.text): p for p in problems}.values()))
-    folder = Path(own[-1].partition("=")[2]) if own else Path("runs/sweep") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _sweep_folder(own)
     plan = folder / "jobs.json"
-    if plan.is_file() and json.loads(plan.read_text(encoding="utf-8")) != jobs:
+    if plan.is_file() and _read_plan(plan) != jobs:
         raise SafelightError(f"{_OWN_KEY} {str(folder)!r} belongs to another sweep; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     plan.write_text(json.dumps(jobs, indent=1), encoding="utf-8")
     print(f"sweep: {len(jobs)} runs in {folder}", flush=True)
     codes = [_run(job, folder / f"{number:03d}", folder / "ledger.jsonl") for number, job in enumerate(jobs)]
@@ -78,6 +83,22 @@ def sweep(overrides: Sequence[str], program: str) -> int:
     if any(codes):
         print(f"\n{sum(map(bool, codes))} of {len(jobs)} runs failed; the same with {_OWN_KEY}={folder} goes on")
     return int(any(codes))
+
+
+def _sweep_folder(own: Sequence[str]) -> Path:
+    """Where the runs go: ``sweep_dir=``, or a new folder under ``runs/sweep``."""
+    name = own[-1].partition("=")[2] if own else f"runs/sweep/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    wrong = why_unwritable(Path(name).expanduser()) if name else "must name a folder"
+    if wrong:
+        raise ConfigError([Problem(_OWN_KEY, wrong, typed=own[-1] if own else None)])
+    return Path(name).expanduser()
+
+
+def _read_plan(plan: Path) -> Any:
+    try:
+        return json.loads(plan.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SafelightError(f"{plan} is damaged ({error}); give another {_OWN_KEY}") from error
 
 
 def _problems(job: Sequence[str]) -> list[Problem]:

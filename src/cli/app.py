@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safelight.cli.folders import process_rank
 from safelight.cli.problems import ConfigError, Problem, did_you_mean, render, visible
+from safelight.cli.stopping import stop_through_exceptions
 from safelight.errors import SafelightError
 
 USER_ERROR = 2
@@ -84,7 +85,8 @@ def _train(typed: list[str], program: str) -> int:
     from safelight.cli.running import train
 
     command = shlex.join([*program.split(), *typed])
-    train(composed.config, template=composed.template, overrides=overrides, command=command)
+    with stop_through_exceptions():
+        train(composed.config, template=composed.template, overrides=overrides, command=command)
     return 0
 
 

@@ -123,19 +123,13 @@ def stored_settings(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     return content
 
 
-def use_folder_as_backbone(
-    config: DictConfig, folder: Path, settings: Mapping[str, Any], keep: Sequence[str] = ()
-) -> None:
+def use_folder_as_backbone(config: DictConfig, folder: Path, settings: Mapping[str, Any]) -> None:
     """Point the backbone block at a folder, with the settings that were saved beside it."""
     from omegaconf import open_dict
 
     before = config.get("backbone") or {}
     name = folder.parent.name if folder.name == "export" else folder.name
     block = dict(before) | dict(settings) | {"name": name, "pretrained": str(folder)}
-    for dotted in keep:
-        group, _, key = dotted.partition(".")
-        if group == "backbone" and key in before:
-            block[key] = before[key]
     with open_dict(config):
         config.backbone = block
         config.choices.backbone = str(folder)

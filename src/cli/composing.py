@@ -7,10 +7,11 @@ cannot), and all mistakes reported together instead of the first one as a traceb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelight.cli import choosing
@@ -80,18 +81,26 @@ def compose_all(overrides: Sequence[str]) -> Composed:
     parsed = [override for override in parsed if override.key_or_group != "hydra.searchpath"]
     groups, values, folder = choosing.split(parsed, loader, result.problems)
     settings = choosing.stored_settings(folder, result.problems) if folder else {}
+
+    def with_groups(words: Sequence[str]) -> DictConfig:
+        loaded = _load(loader, words)
+        if folder:
+            choosing.use_folder_as_backbone(loaded, folder, settings)
+        _resolved(loaded)
+        return loaded
+
     try:
-        _, result.defaults = _load(loader, groups, folder, settings)
+        base = with_groups(groups)
     except CompositionError as error:
-        problem = _blame(error, groups, lambda words: _load(loader, words, folder, settings), overrides)
-        result.problems.append(problem)
+        result.problems.append(_blame(error, groups, with_groups, overrides))
         return result
+    result.defaults = _resolved(base)
     checked = [typed for override in values if (typed := checked_key(override, result.defaults, result)) is not None]
-    keep = [override.key_or_group for override in values]
     try:
-        final, result.config = _load(loader, [*groups, *checked], folder, settings, keep)
+        final = _with_values(base, checked)
+        result.config = _resolved(final)
     except CompositionError as error:
-        problem = _blame(error, checked, lambda w: _load(loader, [*groups, *w], folder, settings, keep), overrides)
+        problem = _blame(error, checked, lambda words: _resolved(_with_values(base, words)), overrides)
         result.problems.append(problem)
         return result
     from omegaconf import OmegaConf
@@ -108,13 +117,20 @@ def resolve(template: Mapping[str, Any], changes: Mapping[str, Any] | None = Non
     Args:
         template: from ``Composed.template`` or a checkpoint.
         changes: dotted key to value.
+
+    Raises:
+        SafelightError: a reference leads nowhere, or a key leads into a single value.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    config = OmegaConf.create(dict(template))
-    for key, value in (changes or {}).items():
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
-    resolved = OmegaConf.to_container(config, resolve=True)
+    try:
+        config = OmegaConf.create(dict(template))
+        for key, value in (changes or {}).items():
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise CompositionError(_one_line(error), getattr(error, "full_key", None)) from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -143,7 +159,8 @@ def explain(composed: Composed, problems: Sequence[Problem]) -> list[Problem]:
             # Something above it was set or deleted (`~method.lr`), or something inside it (`seed.x=1`).
             place = f"{problem.where}."
             near = [key for key in typed if place.startswith(f"{key.lstrip('~')}.") or key.startswith(place)]
-            problem = replace(problem, typed=typed[near[-1]]) if near else problem
+            if near:
+                problem = replace(problem, typed=typed[near[-1]], text=f"{problem.where}: {problem.text}")
         explained.append(problem)
     return explained
 
@@ -181,6 +198,10 @@ def parse(overrides: Sequence[str], result: Composed) -> list[Override]:
             if "=" not in typed.strip("="):
                 text = "is not of the form key=value; --help shows the options"
             result.problems.append(Problem(typed, text, typed=typed, fix=_quoted(typed, parser)))
+            continue
+        if not override.key_or_group:
+            text = "is not of the form key=value; --help shows the options"
+            result.problems.append(Problem(typed, text, typed=typed))
             continue
         if override.is_sweep_override():
             result.problems.append(
@@ -254,44 +275,15 @@ class CompositionError(SafelightError):
         self.key = key
 
 
-def _load(
-    loader: ConfigLoaderImpl,
-    overrides: Sequence[str],
-    folder: Path | None,
-    settings: Mapping[str, Any],
-    keep: Sequence[str] = (),
-) -> tuple[DictConfig, dict[str, Any]]:
-    """Compose and resolve.
-
-    Args:
-        loader: from ``_loader``.
-        overrides: group choices and values, as Hydra reads them.
-        folder: a folder that stands for the backbone.
-        settings: what was saved beside it.
-        keep: keys set on the command line, which win over those settings.
-
-    Returns:
-        The configuration with its interpolations, and without them.
-
-    Raises:
-        CompositionError: an override, a file or an interpolation is wrong.
-    """
+@contextmanager
+def _translated() -> Iterator[None]:
+    """One exception for everything that Hydra, OmegaConf and YAML raise."""
     import yaml
     from hydra.errors import HydraException
-    from hydra.types import RunMode
-    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = loader.load_configuration("train", list(overrides), run_mode=RunMode.RUN, from_shell=False)
-        choices = {str(k): v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
-        with open_dict(config):
-            del config["hydra"]
-            config.choices = {key: value for key, value in choices.items() if "@" not in key}
-        OmegaConf.set_struct(config, False)
-        if folder:
-            choosing.use_folder_as_backbone(config, folder, settings, keep)
-        resolved = OmegaConf.to_container(config, resolve=True)
+        yield
     except yaml.YAMLError as error:
         raise CompositionError(f"a configuration file is not valid YAML: {_one_line(error)}") from error
     except UnicodeDecodeError as error:
@@ -300,8 +292,41 @@ def _load(
         # Hydra itself raises plain ValueErrors, and stumbles in other ways over files that are not mappings.
         text = _one_line(error).partition(" Config search path:")[0]
         raise CompositionError(text, getattr(error, "full_key", None)) from error
+
+
+def _load(loader: ConfigLoaderImpl, groups: Sequence[str]) -> DictConfig:
+    """What the files say for a choice of groups."""
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf, open_dict
+
+    with _translated():
+        config = loader.load_configuration("train", list(groups), run_mode=RunMode.RUN, from_shell=False)
+        choices = {str(k): v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
+        with open_dict(config):
+            del config["hydra"]
+            config.choices = {key: value for key, value in choices.items() if "@" not in key}
+        OmegaConf.set_struct(config, False)
+        return config
+
+
+def _with_values(base: DictConfig, words: Sequence[str]) -> DictConfig:
+    """A copy with value overrides applied, as Hydra does it last."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    config = deepcopy(base)
+    with _translated():
+        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(list(words)), config)
+    return config
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    with _translated():
+        resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
-    return config, {str(name): value for name, value in resolved.items()}
+    return {str(name): value for name, value in resolved.items()}
 
 
 def _one_line(error: Exception) -> str:
@@ -310,7 +335,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _blame(
-    error: CompositionError, words: Sequence[str], load: Callable[[list[str]], Any], overrides: Sequence[str]
+    error: CompositionError, words: Sequence[str], load: Callable[[Sequence[str]], Any], overrides: Sequence[str]
 ) -> Problem:
     """The override without which it works: Hydra often names another place, or none."""
     for index, word in enumerate(words):

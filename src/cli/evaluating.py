@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from safelight.cli import building, composing, ending, running
+from safelight.cli.places import why_unwritable
 from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.validation import validate
 from safelight.errors import SafelightError
@@ -41,20 +42,31 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = ()) -> Summary:
     """
     started = time.monotonic()
     building.quiet()
-    from lightning.pytorch import seed_everything
-
     from safelight.callbacks.checkpointing import read_checkpoint
-    from safelight.reporting import write_summary
 
     checkpoint = Path(ckpt_path).expanduser()
     stored = read_checkpoint(checkpoint).get("safelight")
-    if not isinstance(stored, dict) or "template" not in stored:
+    template = stored.get("template") if isinstance(stored, dict) else None
+    if not isinstance(template, dict) or not all(isinstance(template.get(k), dict) for k in ("trainer", "choices")):
         raise SafelightError(
             f"{str(checkpoint)!r} does not say which method it belongs to: it was not written by a Safelight run"
         )
     own = dict(item.partition("=")[::2] for item in overrides if item.partition("=")[0] in _OWN_KEYS)
-    config = evaluation_config(stored["template"], [o for o in overrides if o.partition("=")[0] not in _OWN_KEYS])
+    config = evaluation_config(template, [o for o in overrides if o.partition("=")[0] not in _OWN_KEYS])
     folder = _results_folder(checkpoint, own.get("eval_dir"))
+    try:
+        return _evaluate_into(folder, checkpoint, config, started)
+    except BaseException:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def _evaluate_into(folder: Path, checkpoint: Path, config: Mapping[str, Any], started: float) -> Summary:
+    from lightning.pytorch import seed_everything
+
+    from safelight.reporting import write_summary
+
     seed_everything(int(config.get("seed", 0)), workers=True, verbose=False)
     datamodule, module = building.build_datamodule(config), building.build_module(config)
     progress = {"callbacks": {"progress": (config.get("callbacks") or {}).get("progress")}}
@@ -92,6 +104,8 @@ def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> 
         # Compose the same method with the other option, and take the blocks that were asked for.
         other = composing.compose_all([f"method={template['choices']['method']}", *plugins, *groups])
         problems += other.problems
+        if not other.template:
+            raise ConfigError(problems)
         for group in {o.partition("=")[0] for o in groups}:
             merged[group] = other.template.get(group)
             merged["choices"] = {**merged["choices"], group: other.template.get("choices", {}).get(group)}
@@ -104,8 +118,12 @@ def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> 
             composed.problems.append(Problem("method", text, typed=str(override.input_line)))
         elif composing.checked_key(override, base, composed) is not None:
             changes[override.key_or_group] = override.value()
-    config = composing.resolve(merged, changes)
     problems += composed.problems
+    try:
+        config = composing.resolve(merged, changes)
+    except composing.CompositionError as error:
+        typed = next((o for o in values if o.lstrip("+").partition("=")[0] == error.key), None)
+        raise ConfigError([*problems, Problem(error.key or "config", str(error), typed=typed)]) from error
     problems += composing.explain(composed, validate(config))
     if problems:
         raise ConfigError(problems)
@@ -135,6 +153,9 @@ def find_checkpoint(overrides: Sequence[str]) -> tuple[str, list[Problem]]:
 def _results_folder(checkpoint: Path, wish: str | None) -> Path:
     if wish:
         folder = Path(wish).expanduser()
+        wrong = why_unwritable(folder)
+        if wrong:
+            raise SafelightError(f"eval_dir: {wrong}")
         if folder.is_dir() and any(folder.iterdir()):
             raise SafelightError(f"eval_dir {str(folder)!r} is not empty; give another one")
     else:

@@ -110,7 +110,7 @@ def why_unwritable(folder: Path) -> str | None:
     try:
         above = next((part for part in (folder, *folder.parents) if part.exists()), Path())
     except (OSError, ValueError) as error:
-        return f"{str(folder)!r} cannot be a folder: {getattr(error, 'strerror', None) or error}"
+        return f"{str(folder)[:60]!r} cannot be a folder: {getattr(error, 'strerror', None) or error}"
     if not above.is_dir():
         return f"{str(above)!r} is a file; give a folder"
     return None if os.access(above, os.W_OK | os.X_OK) else f"{str(above)!r} is not writable"

@@ -276,7 +276,12 @@ def export(run: Run) -> Path | None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    artefact = Path(exporter(folder))
+    try:
+        artefact = Path(exporter(folder))
+    except BaseException:
+        # Half an artefact looks like a whole one to whoever finds it.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     if not artefact.exists():
         raise SafelightError(f"{type(run.module).__name__}.export returned {str(artefact)!r}, which does not exist")
     return artefact

@@ -67,14 +67,14 @@ def targeted_blocks(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, 
     """Dotted name and content of every block whose ``_target_`` the command line builds."""
     for group in ("method", "data", "trainer"):
         block = config.get(group)
-        if isinstance(block, dict) and TARGET in block:
+        if isinstance(block, dict) and isinstance(block.get(TARGET), str):
             yield group, block
             if group == "trainer":
                 yield from ((f"trainer.{k}", v) for k, v in block.items() if isinstance(v, dict) and TARGET in v)
     for group in ("callbacks", "logger"):
         blocks = config.get(group)
         for name, block in blocks.items() if isinstance(blocks, dict) else ():
-            if isinstance(block, dict) and TARGET in block:
+            if isinstance(block, dict) and isinstance(block.get(TARGET), str):
                 yield f"{group}.{name}", block
 
 
@@ -95,7 +95,8 @@ def _shapeless_blocks(config: Mapping[str, Any]) -> Iterator[Problem]:
         if not isinstance(block, dict):
             yield Problem(where, f"is {_shown(block)}; must be a block with a {TARGET}")
         elif not isinstance(block.get(TARGET), str):
-            yield Problem(f"{where}.{TARGET}", "is missing: the class to build")
+            seen = f"is {_shown(block[TARGET])}" if TARGET in block else "is missing"
+            yield Problem(f"{where}.{TARGET}", f"{seen}; it names the class to build")
     backbone = config.get("backbone")
     if backbone and not isinstance(backbone, dict):
         yield Problem("backbone", f"is {_shown(backbone)}; must be a block of settings")

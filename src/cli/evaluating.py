@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from safelight.cli import building, composing, ending, running
+from safelight.cli import building, composing, ending, folders, running
 from safelight.cli.places import why_unwritable
 from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.validation import validate
@@ -57,8 +57,7 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = ()) -> Summary:
     try:
         return _evaluate_into(folder, checkpoint, config, started)
     except BaseException:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        folders.remove_empty(folder, Path("runs"))
         raise
 
 

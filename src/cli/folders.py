@@ -102,12 +102,17 @@ def discard_unstarted(folder: Path, runs_dir: Path) -> bool:
     if (metrics.is_file() and metrics.stat().st_size) or any((folder / "checkpoints").glob("*.ckpt")):
         return False
     clear(folder)
-    for empty in (folder, *(part for part in folder.parents if part.is_relative_to(runs_dir))):
+    remove_empty(folder, runs_dir)
+    return True
+
+
+def remove_empty(folder: Path, top: Path) -> None:
+    """Delete a folder and those above it up to ``top``, as far as they are empty."""
+    for empty in (folder, *(part for part in folder.parents if part.is_relative_to(top))):
         try:
             empty.rmdir()
         except OSError:  # something else is in there
-            break
-    return True
+            return
 
 
 def adopt(folder: Path) -> Path:

@@ -32,10 +32,9 @@ VALUES = (
 PREFIXES = ("", "", "", "+", "++", "~", "-", "--", "@", "=", " ")
 
 text = st.text(max_size=12)
-known = st.builds(
-    lambda p, k, v: f"{p}{k}={v}", st.sampled_from(PREFIXES), st.sampled_from(KEYS), st.sampled_from(VALUES)
-)
-mixed = st.builds(lambda p, k, v: f"{p}{k}={v}", st.sampled_from(PREFIXES), st.sampled_from(KEYS), text)
+prefixes, keys = st.sampled_from(PREFIXES), st.sampled_from(KEYS)
+known = st.builds(lambda p, k, v: f"{p}{k}={v}", prefixes, keys, st.sampled_from(VALUES))
+mixed = st.builds(lambda p, k, v: f"{p}{k}={v}", prefixes, keys, text)
 foreign = st.builds(lambda k, v: f"{k}={v}", text, st.sampled_from(VALUES) | text)
 deletion = st.sampled_from(KEYS).map(lambda key: f"~{key}")
 words = st.lists(known | mixed | foreign | deletion | text, min_size=1, max_size=4)

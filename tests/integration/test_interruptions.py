@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from processes import train as run
 from safelight.callbacks.checkpointing import read_checkpoint
 
-TESTS = Path(__file__).parents[1]
-REPOSITORY = TESTS.parent
 PLUGIN = "hydra.searchpath=[pkg://toy_plugin.configs]"
 QUICK = ("test=false", "export=false", "report=false", "logger=none")
 TOY = (PLUGIN, "method=toy", "trainer=cpu", "trainer.max_steps=24", "callbacks.checkpoints.every_n_train_steps=1")
-
-
-def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("SAFELIGHT_RUN_DIR", "HYDRA_FULL_ERROR")}
-    path = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(TESTS)]))
-    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "train.py"), *arguments], cwd=folder, env=environment, capture_output=True,
-        text=True, check=False, timeout=300,
-    )  # fmt: skip
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
@@ -112,7 +98,11 @@ def test_stopped_in_training_saves_and_the_printed_line_goes_on(tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("stage", "number"),
-    [("setup", signal.SIGTERM), ("validation", signal.SIGTERM), ("test", signal.SIGINT), ("export", signal.SIGINT)],
+    [
+        (stage, number)
+        for stage in ("setup", "validation", "test", "export")
+        for number in (signal.SIGINT, signal.SIGTERM)
+    ],
 )
 def test_stopped_outside_of_training(tmp_path: Path, stage: str, number: int) -> None:
     words = (PLUGIN, "method=toy", "trainer=cpu", "trainer.max_steps=6", "callbacks.checkpoints.every_n_train_steps=2")

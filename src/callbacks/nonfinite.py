@@ -167,7 +167,7 @@ class StopOnNonFinite(Callback):
         inputs = list(_non_finite_places(self._batch, "batch"))
         told = []
         if loss_step == step:
-            metrics = [name for name, value in trainer.callback_metrics.items() if not bool(value.isfinite().all())]
+            metrics = [name for name, value in self._watched(trainer).items() if not bool(value.isfinite())]
             logged = f" (logged as {', '.join(repr(name) for name in metrics[:3])})" if metrics else ""
             told.append(f"the loss is not finite{logged}")
         if culprits:
@@ -184,12 +184,15 @@ class StopOnNonFinite(Callback):
             step,
         )
 
-    def _check_metrics(self, trainer: Trainer) -> None:
-        watched = {
+    def _watched(self, trainer: Trainer) -> dict[str, Tensor]:
+        return {
             name: value
             for name, value in trainer.callback_metrics.items()
             if value.numel() == 1 and not any(fnmatch(name, pattern) for pattern in self.ignore)
         }
+
+    def _check_metrics(self, trainer: Trainer) -> None:
+        watched = self._watched(trainer)
         if not watched:
             return
         values = torch.stack([value.detach().reshape(()).float().cpu() for value in watched.values()])

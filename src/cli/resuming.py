@@ -88,8 +88,10 @@ def _open(file: Path) -> Resumable:
 
     content = read_checkpoint(file)
     stored = content.get("safelight")
-    whole = isinstance(stored, dict) and all(isinstance(stored.get(k), dict) for k in ("config", "template"))
-    if not whole or "loops" not in content or "global_step" not in content:
+    whole = "loops" in content and "global_step" in content
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in ("config", "template")):
+        whole, stored = False, {}
+    if not whole:
         raise SafelightError(f"{str(file)!r} was not written by a Safelight training run")
     step = int(content["global_step"])
     return Resumable(file.parent.parent, file, step, stored["config"], stored["template"])

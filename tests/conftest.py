@@ -52,14 +52,14 @@ def _guarded(name: str) -> Callable[..., Any]:
     return call
 
 
-@pytest.fixture(autouse=True, scope="session")
-def no_network() -> Any:
-    """Connections leave this machine only by failing the test; loopback and Unix sockets stay (DDP needs them)."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Connections leave this machine only by failing the test; loopback and Unix sockets stay (DDP needs them).
+
+    Put in place before every test and its fixtures: plug-ins such as pytest-socket take it away after each.
+    """
     for name in _ORIGINAL:
         setattr(socket.socket, name, _guarded(name))
-    yield
-    for name, original in _ORIGINAL.items():
-        setattr(socket.socket, name, original)
 
 
 @pytest.fixture

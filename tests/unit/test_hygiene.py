@@ -30,5 +30,5 @@ def test_a_warning_about_our_own_use_is_an_error(category: type[Warning]) -> Non
 
 
 def test_what_dependencies_do_inside_themselves_is_not() -> None:
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="on its way out"):
         warnings.warn_explicit("on its way out", DeprecationWarning, "module.py", 1, module="lightning.anything")

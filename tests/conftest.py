@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ pytest.register_assert_rewrite("safelight.testing.contracts")
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 
-_connect = socket.socket.connect
+_ORIGINAL = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
 
 
 class NetworkBlockedError(AssertionError):
@@ -43,18 +44,24 @@ def _is_local(address: Any) -> bool:
         return host in ("localhost", socket.gethostname())
 
 
-def _guarded_connect(self: socket.socket, address: Any) -> None:
-    if not _is_local(address):
-        raise NetworkBlockedError(f"a test tried to connect to {address!r}; tests run without network")
-    _connect(self, address)
+def _guarded(name: str) -> Callable[..., Any]:
+    def call(self: socket.socket, *arguments: Any) -> Any:
+        # The address comes last, also in sendto(data, flags, address).
+        if not _is_local(arguments[-1]):
+            raise NetworkBlockedError(f"a test tried to reach {arguments[-1]!r}; tests run without network")
+        return _ORIGINAL[name](self, *arguments)
+
+    return call
 
 
-@pytest.fixture(autouse=True, scope="session")
-def no_network() -> Any:
-    """Connections leave this machine only by failing the test; loopback and Unix sockets stay (DDP needs them)."""
-    socket.socket.connect = _guarded_connect  # type: ignore[method-assign]
-    yield
-    socket.socket.connect = _connect  # type: ignore[method-assign]
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Connections leave this machine only by failing the test; loopback and Unix sockets stay (DDP needs them).
+
+    Put in place before every test and its fixtures: plug-ins such as pytest-socket take it away after each.
+    """
+    for name in _ORIGINAL:
+        setattr(socket.socket, name, _guarded(name))
 
 
 @pytest.fixture

@@ -152,17 +152,24 @@ class StopOnNonFinite(Callback):
                 f"training stopped at step {trainer.global_step + 1}: another rank met a NaN or an infinity",
                 trainer.global_step + 1,
             )
-        raise self._explain(pl_module, min(failed), answer[0], answer[1:])
+        raise self._explain(trainer, pl_module, min(failed), answer[0], answer[1:])
 
     def _explain(
-        self, pl_module: LightningModule, step: int, loss_step: int, gradient_steps: Sequence[int]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        step: int,
+        loss_step: int,
+        gradient_steps: Sequence[int],
     ) -> NonFiniteError:
         culprits = [name for name, bad in zip(self._names, gradient_steps, strict=True) if bad == step]
         weights = [name for name, p in pl_module.named_parameters() if not bool(p.detach().isfinite().all())]
         inputs = list(_non_finite_places(self._batch, "batch"))
         told = []
         if loss_step == step:
-            told.append("the loss is not finite")
+            metrics = [name for name, value in self._watched(trainer).items() if not bool(value.isfinite())]
+            logged = f" (logged as {', '.join(repr(name) for name in metrics[:3])})" if metrics else ""
+            told.append(f"the loss is not finite{logged}")
         if culprits:
             more = f" and {len(culprits) - 1} more of {len(self._names)}" if len(culprits) > 1 else ""
             told.append(f"the gradient of '{culprits[0]}'{more} is not finite")
@@ -177,12 +184,15 @@ class StopOnNonFinite(Callback):
             step,
         )
 
-    def _check_metrics(self, trainer: Trainer) -> None:
-        watched = {
+    def _watched(self, trainer: Trainer) -> dict[str, Tensor]:
+        return {
             name: value
             for name, value in trainer.callback_metrics.items()
             if value.numel() == 1 and not any(fnmatch(name, pattern) for pattern in self.ignore)
         }
+
+    def _check_metrics(self, trainer: Trainer) -> None:
+        watched = self._watched(trainer)
         if not watched:
             return
         values = torch.stack([value.detach().reshape(()).float().cpu() for value in watched.values()])

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safelight.cli.folders import process_rank
-from safelight.cli.problems import ConfigError, Problem, did_you_mean, render
+from safelight.cli.problems import ConfigError, Problem, did_you_mean, render, visible
+from safelight.cli.stopping import stop_through_exceptions
 from safelight.errors import SafelightError
 
 USER_ERROR = 2
@@ -101,7 +102,8 @@ def _train(typed: list[str], program: str) -> int:
     from safelight.cli.running import train
 
     command = shlex.join([*program.split(), *typed])
-    train(composed.config, template=composed.template, overrides=overrides, command=command)
+    with stop_through_exceptions():
+        train(composed.config, template=composed.template, overrides=overrides, command=command)
     return 0
 
 
@@ -160,7 +162,8 @@ def _guarded(job: Callable[[], int], typed: Sequence[str], program: str) -> int:
     except SafelightError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"safelight: {error}", file=sys.stderr)
+        if process_rank() == 0:
+            print(_short(f"safelight: {error}"), file=sys.stderr)
         return USER_ERROR
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; closing standard output would raise the same error again at exit.
@@ -174,6 +177,12 @@ def _guarded(job: Callable[[], int], typed: Sequence[str], program: str) -> int:
         if from_signal is None:
             raise
         return _stopped(error, int(from_signal), typed, program)
+
+
+def _short(text: str) -> str:
+    """At most a dozen lines of a message, whatever library wrote the rest of it."""
+    lines = [visible(line) for line in text.splitlines() if line.strip()]
+    return "\n".join([line if len(line) <= 500 else line[:499] + "…" for line in lines[:12]])
 
 
 def _stopped(error: BaseException, number: int, typed: Sequence[str], program: str) -> int:

@@ -7,15 +7,15 @@ cannot), and all mistakes reported together instead of the first one as a traceb
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.cli import plugins
+from safelight.cli import choosing, plugins
 from safelight.cli.crosschecks import TARGET, batch_divisor
 from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.signatures import signature_of
@@ -24,6 +24,7 @@ from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
@@ -110,28 +111,39 @@ def compose_all(overrides: Sequence[str]) -> Composed:
     try:
         loader = _loader(tuple(_searchpath(parsed)))
     except SafelightError as error:
-        result.problems.append(Problem("hydra.searchpath", str(error)))
+        words = [str(o.input_line) for o in parsed if o.key_or_group == "hydra.searchpath"]
+        result.problems.append(Problem("hydra.searchpath", str(error), typed=words[-1] if words else None))
         return result
     parsed = [override for override in parsed if override.key_or_group != "hydra.searchpath"]
-    groups, values, folder = _split(parsed, loader, result)
-    base = _load(loader, groups, result)
-    if base is None:
+    groups, values, folder = choosing.split(parsed, loader, result.problems)
+    settings = choosing.stored_settings(folder, result.problems) if folder else {}
+
+    def with_groups(words: Sequence[str]) -> DictConfig:
+        loaded = _load(loader, words)
+        if folder:
+            choosing.use_folder_as_backbone(loaded, folder, settings)
+        _resolved(loaded)
+        return loaded
+
+    try:
+        base = with_groups(groups)
+    except CompositionError as error:
+        result.problems.append(_blame(error, groups, with_groups, overrides))
         return result
-    if folder:
-        _use_folder_as_backbone(base, folder)
-    result.defaults = _resolve(base, result) or {}
+    result.defaults = _resolved(base)
     checked = [typed for override in values if (typed := checked_key(override, result.defaults, result)) is not None]
-    final = _load(loader, [*groups, *checked], result)
-    if final is None:
+    try:
+        final = _with_values(base, checked)
+        result.config = _resolved(final)
+    except CompositionError as error:
+        problem = _blame(error, checked, lambda words: _resolved(_with_values(base, words)), overrides)
+        result.problems.append(problem)
         return result
-    if folder:
-        _use_folder_as_backbone(final, folder, keep=[o.key_or_group for o in values])
     from omegaconf import OmegaConf
 
     template = OmegaConf.to_container(final, resolve=False)
     assert isinstance(template, dict)
     result.template = {str(key): value for key, value in template.items()}
-    result.config = _resolve(final, result) or {}
     _share_batch(result)
     return result
 
@@ -166,13 +178,20 @@ def resolve(template: Mapping[str, Any], changes: Mapping[str, Any] | None = Non
     Args:
         template: from ``Composed.template`` or a checkpoint.
         changes: dotted key to value.
+
+    Raises:
+        SafelightError: a reference leads nowhere, or a key leads into a single value.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    config = OmegaConf.create(dict(template))
-    for key, value in (changes or {}).items():
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
-    resolved = OmegaConf.to_container(config, resolve=True)
+    try:
+        config = OmegaConf.create(dict(template))
+        for key, value in (changes or {}).items():
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise CompositionError(_one_line(error), getattr(error, "full_key", None)) from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -197,6 +216,12 @@ def explain(composed: Composed, problems: Sequence[Problem]) -> list[Problem]:
             good = default if not isinstance(default, dict | list) and default not in (None, "???") else None
             fix = "" if good is None else f"{problem.where}={_as_typed(good)}"
             problem = replace(problem, typed=typed[problem.where], fix=problem.fix or fix)
+        elif problem.typed is None:
+            # Something above it was set or deleted (`~method.lr`), or something inside it (`seed.x=1`).
+            place = f"{problem.where}."
+            near = [key for key in typed if place.startswith(f"{key.lstrip('~')}.") or key.startswith(place)]
+            if near:
+                problem = replace(problem, typed=typed[near[-1]], text=f"{problem.where}: {problem.text}")
         explained.append(problem)
     return explained
 
@@ -231,8 +256,12 @@ def parse(overrides: Sequence[str], result: Composed) -> list[Override]:
             (override,) = parser.parse_overrides([typed])
         except HydraException:
             text = "cannot be read as key=value; put text with special signs in quotes: key='\"a, b\"'"
-            if "=" not in typed:
+            if "=" not in typed.strip("="):
                 text = "is not of the form key=value; --help shows the options"
+            result.problems.append(Problem(typed, text, typed=typed, fix=_in_quotes(typed, parser)))
+            continue
+        if not override.key_or_group:
+            text = "is not of the form key=value; --help shows the options"
             result.problems.append(Problem(typed, text, typed=typed))
             continue
         if override.is_sweep_override():
@@ -254,15 +283,30 @@ def searchpath(overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple(_searchpath(parse(typed, Composed()))) if typed else ()
 
 
+def _in_quotes(typed: str, parser: OverridesParser) -> str:
+    """The override with its value in quotes, if that is all it needs."""
+    from hydra.errors import HydraException
+
+    key, _, value = typed.partition("=")
+    if not value or any(sign in value for sign in "\"'[]{}()$\\") or not typed.isprintable():
+        return ""
+    try:
+        parser.parse_override(f'{key}="{value}"')
+    except HydraException:
+        return ""
+    return f'{key}="{value}"'
+
+
 def _searchpath(parsed: Sequence[Override]) -> list[str]:
-    """Folders and packages named by ``hydra.searchpath=[...]``."""
+    """Folders and packages named by ``hydra.searchpath=[...]``; several such words add up."""
+    places: list[str] = []
     for override in parsed:
         if override.key_or_group == "hydra.searchpath":
             value = override.value()
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise SafelightError("must be a list such as [pkg://their_package.configs] or [/folder/with/configs]")
-            return [str(item) for item in value]
-    return []
+            places += [str(item) for item in value]
+    return list(dict.fromkeys(places))
 
 
 @cache
@@ -276,6 +320,9 @@ def _loader(extra: tuple[str, ...]) -> ConfigLoaderImpl:
     for plugin in plugins.usable():
         path.append(provider=plugin.name, path=f"pkg://{plugin.configs}")
     for place in extra:
+        scheme, found, _ = place.partition("://")
+        if found and scheme not in ("pkg", "file"):
+            raise SafelightError(f"{place!r} begins with {scheme}://; a place is a folder or pkg://<package>")
         path.append(provider="hydra.searchpath", path=place)
     path.append(schema.provider, schema.path)
     loader = ConfigLoaderImpl(config_search_path=path)
@@ -285,106 +332,89 @@ def _loader(extra: tuple[str, ...]) -> ConfigLoaderImpl:
     return loader
 
 
-def _split(
-    parsed: Sequence[Override], loader: ConfigLoaderImpl, result: Composed
-) -> tuple[list[str], list[Override], Path | None]:
-    """Group choices (checked, wrong ones replaced by the nearest option), value overrides, and a backbone folder."""
-    groups: list[str] = []
-    values: list[Override] = []
-    folder: Path | None = None
-    known = loader.list_groups("")
-    for override in parsed:
-        key, typed = override.key_or_group, str(override.input_line)
-        if key not in known or override.package is not None:
-            values.append(override)
-            continue
-        choice = override.value()
-        if choice is None or override.is_delete() or isinstance(choice, list):
-            groups.append(typed)
-            continue
-        if key == "backbone" and isinstance(choice, str) and ("/" in choice or choice.startswith((".", "~"))):
-            folder = _backbone_folder(choice, typed, result)
-            continue
-        available = loader.get_group_options(key)
-        if str(choice) in available:
-            groups.append(typed)
-            continue
-        hint, guess = did_you_mean(str(choice), available)
-        fix = f"{key}={guess}" if guess else ""
-        result.problems.append(Problem(typed, f"there is no {key} {str(choice)!r}; {hint}", typed=typed, fix=fix))
-        if guess:
-            # Go on with what was probably meant, so that mistakes in its keys are found in the same pass.
-            groups.append(fix)
-    return groups, values, folder
+class CompositionError(SafelightError):
+    """Hydra or OmegaConf could not make a configuration of what they were given.
+
+    Attributes:
+        key: the configuration key it is about, or None.
+    """
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
-def _backbone_folder(choice: str, typed: str, result: Composed) -> Path | None:
-    """A run folder or an exported pipeline given as ``backbone=<folder>``."""
-    path = Path(choice).expanduser()
-    if not path.is_dir():
-        text = (
-            f"there is no folder {choice!r}; give a run folder, an exported pipeline, or the name of a backbone config"
-        )
-        result.problems.append(Problem(typed, text, typed=typed))
-        return None
-    return (path / "export" if (path / "export").is_dir() else path).resolve()
-
-
-def _use_folder_as_backbone(config: DictConfig, folder: Path, keep: Sequence[str] = ()) -> None:
-    """Point the backbone block at a folder, with the settings that were saved beside it."""
-    from omegaconf import open_dict
-
-    # A folder's family is read from the folder; what the block had before is another model's.
-    settings: dict[str, Any] = {"family": None}
-    if (folder / "safelight.json").is_file():
-        settings = json.loads((folder / "safelight.json").read_text(encoding="utf-8"))
-    before = config.get("backbone") or {}
-    name = folder.parent.name if folder.name == "export" else folder.name
-    block = dict(before) | settings | {"name": name, "pretrained": str(folder)}
-    for dotted in keep:
-        group, _, key = dotted.partition(".")
-        if group == "backbone" and key in before:
-            block[key] = before[key]
-    with open_dict(config):
-        config.backbone = block
-        config.choices.backbone = str(folder)
-
-
-def _load(loader: ConfigLoaderImpl, overrides: Sequence[str], result: Composed) -> DictConfig | None:
+@contextmanager
+def _translated() -> Iterator[None]:
+    """One exception for everything that Hydra, OmegaConf and YAML raise."""
+    import yaml
     from hydra.errors import HydraException
-    from hydra.types import RunMode
-    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = loader.load_configuration("train", list(overrides), run_mode=RunMode.RUN, from_shell=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        text = " ".join(str(error).split())
-        if not any(problem.text == text for problem in result.problems):
-            result.problems.append(Problem("config", text))
-        return None
-    choices = {str(k): v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
-    with open_dict(config):
-        del config["hydra"]
-        config.choices = {key: value for key, value in choices.items() if "@" not in key}
-    OmegaConf.set_struct(config, False)
+        yield
+    except yaml.YAMLError as error:
+        raise CompositionError(f"a configuration file is not valid YAML: {_one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise CompositionError(f"a configuration file is not text in UTF-8 ({error})") from error
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+        # Hydra itself raises plain ValueErrors, and stumbles in other ways over files that are not mappings.
+        text = _one_line(error).partition(" Config search path:")[0]
+        raise CompositionError(text, getattr(error, "full_key", None)) from error
+
+
+def _load(loader: ConfigLoaderImpl, groups: Sequence[str]) -> DictConfig:
+    """What the files say for a choice of groups."""
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf, open_dict
+
+    with _translated():
+        config = loader.load_configuration("train", list(groups), run_mode=RunMode.RUN, from_shell=False)
+        choices = {str(k): v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
+        with open_dict(config):
+            del config["hydra"]
+            config.choices = {key: value for key, value in choices.items() if "@" not in key}
+        OmegaConf.set_struct(config, False)
+        return config
+
+
+def _with_values(base: DictConfig, words: Sequence[str]) -> DictConfig:
+    """A copy with value overrides applied, as Hydra does it last."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    config = deepcopy(base)
+    with _translated():
+        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(list(words)), config)
     return config
 
 
-def _resolve(config: DictConfig, result: Composed) -> dict[str, Any] | None:
+def _resolved(config: DictConfig) -> dict[str, Any]:
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    try:
+    with _translated():
         resolved = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        text = " ".join(str(error).splitlines()[0].split())
-        key = getattr(error, "full_key", None) or "config"
-        if not any(problem.where == key for problem in result.problems):
-            result.problems.append(Problem(str(key), text))
-        return None
     assert isinstance(resolved, dict)
     return {str(name): value for name, value in resolved.items()}
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if not line.strip().startswith(("full_key:", "object_type="))]
+    return " ".join(" ".join(lines).split())
+
+
+def _blame(
+    error: CompositionError, words: Sequence[str], load: Callable[[Sequence[str]], Any], overrides: Sequence[str]
+) -> Problem:
+    """The override without which it works: Hydra often names another place, or none."""
+    for index, word in enumerate(words):
+        try:
+            load([*words[:index], *words[index + 1 :]])
+        except CompositionError:
+            continue
+        typed = next((each for each in overrides if each.lstrip("+") == word.lstrip("+")), None)
+        return Problem(word.lstrip("+").partition("=")[0], str(error), typed=typed)
+    return Problem(error.key or "config", str(error))
 
 
 def checked_key(override: Override, base: Mapping[str, Any], result: Composed) -> str | None:
@@ -397,9 +427,9 @@ def checked_key(override: Override, base: Mapping[str, Any], result: Composed) -
     node: Any = base
     for depth, part in enumerate(parts):
         if not isinstance(node, dict):
-            if depth > 1:
-                return forced
-            _unknown_key(override, parts[:depth], [], result)
+            where = ".".join(parts[:depth])
+            text = f"{where} is a single value, {override.key_or_group!r} leads nowhere"
+            result.problems.append(Problem(typed, text, typed=typed))
             return None
         names = _names(node, parts[:depth])
         if names and part not in names:
@@ -415,7 +445,7 @@ def checked_key(override: Override, base: Mapping[str, Any], result: Composed) -
 
 def _names(node: Mapping[str, Any], where: Sequence[str]) -> list[str]:
     """Keys that may stand in a block: those in the YAML files and the parameters of the class it names."""
-    names = [str(key) for key in node]
+    names = [str(key) for key in node if where or key != "choices"]
     if TARGET in node:
         try:
             signature = signature_of(str(node[TARGET]))
@@ -430,6 +460,10 @@ def _names(node: Mapping[str, Any], where: Sequence[str]) -> list[str]:
 def _unknown_key(override: Override, parts: Sequence[str], names: Sequence[str], result: Composed) -> None:
     typed = str(override.input_line)
     where = ".".join(parts[:-1])
+    if not where and parts[-1] in choosing.GROUPS:
+        text = f"there is no {parts[-1]} to choose from here"
+        result.problems.append(Problem(typed, text, typed=typed))
+        return
     if not where:
         # `lr=1` typed without its block is the commonest slip of all.
         inside = result.defaults.get("method")
@@ -437,7 +471,7 @@ def _unknown_key(override: Override, parts: Sequence[str], names: Sequence[str],
             fix = f"method.{typed}"
             result.problems.append(Problem(typed, f"there is no key {parts[-1]!r}; did you mean {fix!r}?", typed, fix))
             return
-    visible = [name for name in names if name not in (TARGET, "choices")]
+    visible = [name for name in names if name != TARGET]
     hint, guess = did_you_mean(parts[-1], visible)
     fix = ""
     if guess:

@@ -55,8 +55,11 @@ def _pipeline_folder(pretrained: str) -> Path | None:
     else:
         folder = Path(pretrained).expanduser()
     for candidate in (folder, folder / "pipeline", folder / "export", folder / "export" / "pipeline"):
-        if pretrained and (candidate / "model_index.json").is_file():
-            return candidate
+        try:
+            if pretrained and (candidate / "model_index.json").is_file():
+                return candidate
+        except OSError:  # A name longer than the file system takes, or a folder that may not be read.
+            return None
     return None
 
 
@@ -131,7 +134,8 @@ def _monitor_problems(config: Mapping[str, Any], target: str) -> Iterator[Proble
     own = class_attribute(target, "monitor")
     metrics = class_attribute(target, "metric_names") or ()
     known = [*names, *(f"val/{metric}" for metric in metrics if _validates(target)), *([own] if own else [])]
-    for name, block in (config.get("callbacks") or {}).items():
+    callbacks, trainer = config.get("callbacks"), config.get("trainer")
+    for name, block in callbacks.items() if isinstance(callbacks, dict) else ():
         monitor = block.get("monitor") if isinstance(block, dict) else None
         if not isinstance(monitor, str):
             continue
@@ -141,7 +145,7 @@ def _monitor_problems(config: Mapping[str, Any], target: str) -> Iterator[Proble
             hint, guess = did_you_mean(monitor, visible)
             text = f"is {monitor!r}, which {target.rpartition('.')[2]} never logs while training; {hint}"
             yield Problem(where, text, fix=f"{where}={guess}" if guess else "")
-        elif monitor.startswith("val/") and (config.get("trainer") or {}).get("limit_val_batches") in (0, 0.0):
+        elif monitor.startswith("val/") and isinstance(trainer, dict) and trainer.get("limit_val_batches") in (0, 0.0):
             text = f"is {monitor!r}, but trainer.limit_val_batches=0 switches validation off"
             yield Problem(where, text, fix="trainer.limit_val_batches=1.0")
 
@@ -168,7 +172,9 @@ def _batch_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 def batch_divisor(config: Mapping[str, Any]) -> tuple[int, str]:
     """Into how many per-device batches an optimiser step is cut, or 1 and why that cannot be known."""
-    trainer, data = config.get("trainer") or {}, config.get("data")
+    trainer, data = config.get("trainer"), config.get("data")
+    if not isinstance(trainer, dict):
+        return 1, "needs a trainer with devices"
     if not isinstance(data, dict) or TARGET not in data:
         return 1, "needs data with a batch_size"
     try:

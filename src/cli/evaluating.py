@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from safelight.cli import building, composing, ending, running
+from safelight.cli import building, composing, ending, folders, running
+from safelight.cli.places import why_unwritable
 from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.validation import validate
 from safelight.errors import SafelightError
@@ -49,21 +50,39 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Pa
     """
     started = time.monotonic()
     building.quiet()
-    from lightning.pytorch import seed_everything
-
     from safelight.callbacks.checkpointing import read_checkpoint
-    from safelight.reporting import write_summary
 
     checkpoint = Path(ckpt_path).expanduser()
     stored = read_checkpoint(checkpoint).get("safelight")
-    if not isinstance(stored, dict) or "template" not in stored:
+    template = stored.get("template") if isinstance(stored, dict) else None
+    if not isinstance(template, dict) or not all(isinstance(template.get(k), dict) for k in ("trainer", "choices")):
         raise SafelightError(
             f"{str(checkpoint)!r} does not say which method it belongs to: it was not written by a Safelight run"
         )
     own = dict(item.partition("=")[::2] for item in overrides if item.partition("=")[0] in _OWN_KEYS)
-    config = evaluation_config(stored["template"], [o for o in overrides if o.partition("=")[0] not in _OWN_KEYS])
+    config = evaluation_config(template, [o for o in overrides if o.partition("=")[0] not in _OWN_KEYS])
     allowed = _read_switch("allow_difference", own.get("allow_difference", "false"))
     folder = _results_folder(checkpoint, own.get("eval_dir"))
+    try:
+        return _evaluate_into(folder, checkpoint, config, started, overrides, allowed, export_to)
+    except BaseException:
+        folders.remove_empty(folder, Path("runs"))
+        raise
+
+
+def _evaluate_into(
+    folder: Path,
+    checkpoint: Path,
+    config: Mapping[str, Any],
+    started: float,
+    overrides: Sequence[str],
+    allowed: bool,
+    export_to: Path | None,
+) -> Summary:
+    from lightning.pytorch import seed_everything
+
+    from safelight.reporting import write_summary
+
     seed_everything(int(config.get("seed", 0)), workers=True, verbose=False)
     datamodule, module = building.build_datamodule(config), building.build_module(config)
     progress = {"callbacks": {"progress": (config.get("callbacks") or {}).get("progress")}}
@@ -82,7 +101,7 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Pa
     if export_to is not None:
         if export_to.exists() and any(export_to.iterdir()):
             raise SafelightError(f"export_to: {str(export_to)!r} is not empty")
-        typed = shlex.join(["safelight", "export", str(ckpt_path), str(export_to), *overrides])
+        typed = shlex.join(["safelight", "export", str(checkpoint), str(export_to), *overrides])
         running.state_facts(config, typed, command, module, metrics, controls)
         artefact = running.export(module, export_to)
     summary = ending.summarise(config, module, metrics, controls, artefact, command, started)
@@ -114,6 +133,8 @@ def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> 
         # Compose the same method with the other option, and take the blocks that were asked for.
         other = composing.compose_all([f"method={template['choices']['method']}", *plugins, *groups])
         problems += other.problems
+        if not other.template:
+            raise ConfigError(problems)
         for group in {o.partition("=")[0] for o in groups}:
             merged[group] = other.template.get(group)
             merged["choices"] = {**merged["choices"], group: other.template.get("choices", {}).get(group)}
@@ -126,8 +147,12 @@ def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> 
             composed.problems.append(Problem("method", text, typed=str(override.input_line)))
         elif composing.checked_key(override, base, composed) is not None:
             changes[override.key_or_group] = override.value()
-    config = composing.resolve(merged, changes)
     problems += composed.problems
+    try:
+        config = composing.resolve(merged, changes)
+    except composing.CompositionError as error:
+        typed = next((o for o in values if o.lstrip("+").partition("=")[0] == error.key), None)
+        raise ConfigError([*problems, Problem(error.key or "config", str(error), typed=typed)]) from error
     problems += composing.explain(composed, validate(config))
     if problems:
         raise ConfigError(problems)
@@ -157,6 +182,9 @@ def find_checkpoint(overrides: Sequence[str]) -> tuple[str, list[Problem]]:
 def _results_folder(checkpoint: Path, wish: str | None) -> Path:
     if wish:
         folder = Path(wish).expanduser()
+        wrong = why_unwritable(folder)
+        if wrong:
+            raise SafelightError(f"eval_dir: {wrong}")
         if folder.is_dir() and any(folder.iterdir()):
             raise SafelightError(f"eval_dir {str(folder)!r} is not empty; give another one")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -70,17 +71,48 @@ def make_run_folder(config: Mapping[str, Any]) -> Path:
     if process_rank() > 0:
         # Under torchrun there is nothing to inherit; the strategy broadcasts rank 0's checkpoint folder later.
         return Path(inherited or config.get("run_dir") or config["runs_dir"])
-    if config.get("run_dir"):
-        folder = Path(config["run_dir"]).expanduser()
-        if is_used(folder) and not config.get("overwrite"):
-            raise SafelightError(
-                f"run_dir {str(folder)!r} holds an earlier run; use resume=auto, another folder or overwrite=true"
-            )
-        clear(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = new_folder(Path(config["runs_dir"]).expanduser() / str(config["choices"]["method"]), run_name(config))
+    try:
+        if config.get("run_dir"):
+            folder = Path(config["run_dir"]).expanduser()
+            if is_used(folder) and not config.get("overwrite"):
+                raise SafelightError(
+                    f"run_dir {str(folder)!r} holds an earlier run; use resume=auto, another folder or overwrite=true"
+                )
+            clear(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            parent = Path(config["runs_dir"]).expanduser() / str(config["choices"]["method"])
+            folder = new_folder(parent, run_name(config))
+    except OSError as error:
+        raise SafelightError(f"cannot make a run folder at {error.filename!r}: {error.strerror}") from error
     return adopt(folder)
+
+
+def discard_unstarted(folder: Path, runs_dir: Path) -> bool:
+    """Delete the folder of a run that ended before its first step: no checkpoint, no line of metrics.
+
+    Args:
+        folder: the run folder.
+        runs_dir: folders above ``folder`` are deleted too when they are empty, up to and including this one.
+
+    Returns:
+        Whether it was deleted; False when there is something to keep.
+    """
+    metrics = folder / "metrics.jsonl"
+    if (metrics.is_file() and metrics.stat().st_size) or any((folder / "checkpoints").glob("*.ckpt")):
+        return False
+    clear(folder)
+    remove_empty(folder, runs_dir)
+    return True
+
+
+def remove_empty(folder: Path, top: Path) -> None:
+    """Delete a folder and those above it up to ``top``, as far as they are empty."""
+    for empty in (folder, *(part for part in folder.parents if part.is_relative_to(top))):
+        try:
+            empty.rmdir()
+        except OSError:  # something else is in there
+            return
 
 
 def adopt(folder: Path) -> Path:
@@ -94,7 +126,7 @@ def run_name(config: Mapping[str, Any]) -> str:
     """The last part of a run folder's name."""
     choices = config.get("choices", {})
     name = config.get("name") or choices.get("backbone") or choices.get("data") or "run"
-    return Path(str(name)).name.replace(" ", "-")
+    return re.sub(r"[^\w.+-]+", "-", Path(str(name)).name)
 
 
 def new_folder(parent: Path, name: str) -> Path:

@@ -75,7 +75,7 @@ def config_roots(searchpath: tuple[str, ...] = ()) -> list[Traversable]:
         kind, _, name = place.rpartition("://")
         try:
             root = files(name) if kind == "pkg" else Path(name)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, TypeError, ValueError) as error:
             raise SafelightError(f"hydra.searchpath: there is no package {name!r}") from error
         if not root.is_dir():
             raise SafelightError(f"hydra.searchpath: there is no folder {name!r}")

@@ -12,6 +12,7 @@ from safelight.errors import SafelightError
 _MAX_SHOWN = 5
 _MAX_OPTIONS = 12
 _LINE_WIDTH = 150
+_LONGEST_COMMAND = 4000
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,20 @@ def render(problems: Sequence[Problem], program: str = "", arguments: Sequence[s
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     lines = [f"safelight: {count}, nothing was run"]
     for problem in problems[:_MAX_SHOWN]:
-        lines.append(_shorten(f"  {problem.typed or problem.where}"))
-        lines.append(_shorten(f"    {problem.text}"))
+        lines.append(_shorten(f"  {visible(problem.typed or problem.where) or repr('')}"))
+        lines.append(_shorten(f"    {visible(problem.text)}"))
     if len(problems) > _MAX_SHOWN:
         lines.append(f"  … and {len(problems) - _MAX_SHOWN} more")
-    if program:
-        lines += ["Try:", f"  {corrected(program, arguments, problems)}"]
+    command = corrected(program, arguments, problems) if program else ""
+    # A command that cannot be shown on a screen cannot be pasted from it.
+    if command and len(command) <= _LONGEST_COMMAND and visible(command) == command:
+        lines += ["Try:", f"  {command}"]
     return "\n".join(lines)
+
+
+def visible(text: str) -> str:
+    """Text for one line of a terminal: line breaks and control characters as escapes, nothing that moves a cursor."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def _shorten(line: str) -> str:

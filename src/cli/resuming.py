@@ -88,7 +88,10 @@ def _open(file: Path) -> Resumable:
 
     content = read_checkpoint(file)
     stored = content.get("safelight")
-    if not isinstance(stored, dict) or "loops" not in content:
+    whole = "loops" in content and "global_step" in content
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in ("config", "template")):
+        whole, stored = False, {}
+    if not whole:
         raise SafelightError(f"{str(file)!r} was not written by a Safelight training run")
     step = int(content["global_step"])
     return Resumable(file.parent.parent, file, step, stored["config"], stored["template"])
@@ -106,7 +109,11 @@ def merge(
 
     Returns:
         The configuration, its template, and one sentence for each difference the user should know.
+
+    Raises:
+        SafelightError: ``method=`` was typed and the checkpoint is of another one.
     """
+    _same_method(found, config, overrides)
     result, template = _copy(found.config), _copy(found.template)
     notes = []
     for typed in overrides:
@@ -128,6 +135,15 @@ def merge(
         if key in config:
             result[key] = template[key] = config[key]
     return result, template, notes
+
+
+def _same_method(found: Resumable, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    theirs, ours = (each.get("choices", {}).get("method") for each in (found.config, config))
+    if theirs != ours and any(word.startswith("method=") for word in overrides):
+        raise SafelightError(
+            f"resume: {str(found.checkpoint)!r} is a checkpoint of {theirs}, not of {ours}; "
+            f"use method={theirs}, or another resume="
+        )
 
 
 def _changes(key: str, before: Any, now: Any) -> list[str]:

@@ -86,11 +86,18 @@ def train(
     else:
         folder = _start_anew(config)
     main = folders.process_rank() == 0
-    if main:
-        folders.write_start(folder, config, command)
-        print(f"run folder: {folder}", flush=True)
-    run = assemble(config, folder, template, command)
-    fit(run, found.checkpoint if found else None)
+    try:
+        if main:
+            folders.write_start(folder, config, command)
+            print(f"run folder: {folder}", flush=True)
+        run = assemble(config, folder, template, command)
+        fit(run, found.checkpoint if found else None)
+    except BaseException as error:
+        # A bug leaves everything for whoever looks for it; a mistake or a stop leaves nothing half made.
+        expected = isinstance(error, SafelightError | KeyboardInterrupt) or hasattr(error, "signal_number")
+        if main and expected and not found:
+            folders.discard_unstarted(folder, Path(config["runs_dir"]).expanduser())
+        raise
     if _is_dry(run.trainer):
         return None
     metrics, controls = test(run) if config["test"] else ({}, {})
@@ -157,8 +164,17 @@ def assemble(
 
 
 def fit(run: Run, checkpoint: Path | None = None) -> None:
-    """Train, from a checkpoint if one is given, and make sure that ``best.ckpt`` exists afterwards."""
-    run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
+    """Train, from a checkpoint if one is given, and make sure that ``best.ckpt`` exists afterwards.
+
+    Raises:
+        SafelightError: the pieces do not fit together, such as a method without data.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except MisconfigurationException as error:
+        raise SafelightError(f"training cannot start: {error}") from error
     run.folder = Path(run.trainer.strategy.broadcast(str(run.folder)))
     if _is_dry(run.trainer):
         return
@@ -277,7 +293,12 @@ def export(module: LightningModule, folder: Path) -> Path | None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    artefact = Path(exporter(folder))
+    try:
+        artefact = Path(exporter(folder))
+    except BaseException:
+        # Half an artefact looks like a whole one to whoever finds it.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     if not artefact.exists():
         raise SafelightError(f"{type(module).__name__}.export returned {str(artefact)!r}, which does not exist")
     return artefact

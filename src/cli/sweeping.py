@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final
 
 from safelight.cli import composing, folders
 from safelight.cli.ledger import Ledger, State, same_plan
+from safelight.cli.places import why_unwritable
 from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.validation import validate
 from safelight.errors import SafelightError
@@ -85,6 +86,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         ConfigError: an override cannot be read, or there is nothing that it could mean.
     """
     from hydra.core.override_parser.types import Glob, IntervalSweep
+    from hydra.errors import HydraException
 
     choices: list[list[str]] = []
     problems: list[Problem] = []
@@ -101,7 +103,14 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
             text = "an interval is for a search: add sweep=optuna, or give values: key=1,2,3 or key=range(1,4)"
             problems.append(Problem(typed, text, typed=typed))
         else:
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            try:
+                values = list(override.sweep_string_iterator())
+            except HydraException as error:
+                raise ConfigError([Problem(typed, "cannot be read as key=value,value,…", typed=typed)]) from error
+            if not values:
+                text = "stands for no value at all, so there is nothing to run"
+                problems.append(Problem(typed, text, typed=typed))
+            choices.append([f"{key}={value}" for value in values])
     if problems:
         raise ConfigError(problems)
     return [list(combination) for combination in itertools.product(*choices)]
@@ -124,17 +133,16 @@ def parse_one(typed: str) -> Any:
 
 def _globbed(typed: str, group: str, pattern: Any, overrides: Sequence[str]) -> tuple[list[str], Problem | None]:
     """Options of a group that match a pattern, those of plug-ins included."""
-    places: list[str] = []
-    for word in overrides:
-        if word.startswith("hydra.searchpath="):
-            places = [str(place) for place in parse_one(word).value()]
-    available = composing.options(group, places)
+    try:
+        available = composing.options(group, composing.searchpath(overrides))
+    except SafelightError as error:
+        return [], Problem("hydra.searchpath", str(error))
     if not available:
         return [], Problem(typed, f"glob() chooses among the options of a group, and {group!r} is none", typed=typed)
     names: list[str] = pattern.filter(available)
     if not names:
         hint, _ = did_you_mean(str(pattern.include), available)
-        return [], Problem(typed, f"matches no {group}; {hint}", typed=typed)
+        return [], Problem(typed, f"matches no {group}, so it stands for no value; {hint}", typed=typed)
     return names, None
 
 
@@ -222,22 +230,43 @@ def _folder(own: Sequence[str], shared: Sequence[str], plan: dict[str, Any]) -> 
     named = [word.partition("=")[2] for word in own if _key(word) == "sweep_dir"]
     if named:
         folder = Path(named[-1]).expanduser()
+        _refuse_unwritable(folder if named[-1] else None, f"sweep_dir={named[-1]}")
+        # Looked at before anything is written, and again once nobody else can write.
+        _refuse_another(folder, _read_plan(folder), plan)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     runs = [word.partition("=")[2] for word in shared if _key(word) == "runs_dir"]
     parent = Path(runs[-1] if runs else "runs").expanduser() / "sweep"
     if "resume=auto" in own:
         for folder in sorted(parent.iterdir(), reverse=True) if parent.is_dir() else ():
-            known = _read_plan(folder)
+            try:
+                known = _read_plan(folder)
+            except SafelightError as error:
+                print(f"resume=auto: passed over {folder}: {error}", flush=True)
+                continue
             if known and same_plan(known, plan):
                 return folder
         print(f"resume=auto: no sweep of these runs in {parent}; starting a new one", flush=True)
+    _refuse_unwritable(parent)
     return folders.new_folder(parent, "sweep")
+
+
+def _refuse_unwritable(folder: Path | None, typed: str | None = None) -> None:
+    wrong = why_unwritable(folder) if folder is not None else "must name a folder"
+    if wrong:
+        raise ConfigError([Problem("sweep_dir", wrong, typed=typed)])
 
 
 def _read_plan(folder: Path) -> dict[str, Any] | None:
     file = folder / "plan.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        same_plan(plan, plan)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise SafelightError(f"{file} is damaged ({error}); give another sweep_dir") from error
+    return dict(plan)
 
 
 def _agree(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
@@ -246,9 +275,13 @@ def _agree(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     if known is None:
         (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
         return plan
-    if not same_plan(known, plan):
-        raise SafelightError(f"sweep_dir {str(folder)!r} belongs to another sweep; give another folder")
+    _refuse_another(folder, known, plan)
     return known
+
+
+def _refuse_another(folder: Path, known: dict[str, Any] | None, plan: dict[str, Any]) -> None:
+    if known is not None and not same_plan(known, plan):
+        raise SafelightError(f"sweep_dir {str(folder)!r} belongs to another sweep; give another folder")
 
 
 def job_command(job: Sequence[str], run_dir: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import types
 import typing
@@ -12,12 +13,12 @@ from typing import Annotated, Any
 import annotated_types
 import yaml
 
+from safelight.cli import places
 from safelight.cli.crosschecks import TARGET, cross_problems
 from safelight.cli.problems import Problem, did_you_mean, nearest
 from safelight.cli.signatures import Parameter, Signature, signature_of
 from safelight.errors import SafelightError
 
-_PATH_NAMES = ("path", "folder", "dir", "root", "file")
 _WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -33,13 +34,25 @@ _WORDS: dict[Any, str] = {
 BACKBONE = "safelight.generators.settings.backbone_settings"
 # Keys of configs/train.yaml that belong to the run itself.
 RUN_KEYS: dict[str, Any] = {
-    "seed": Annotated[int, annotated_types.Ge(0)],
+    # What NumPy's generator takes.
+    "seed": Annotated[int, annotated_types.Interval(ge=0, lt=2**32)],
     "name": str | None,
-    "runs_dir": str,
-    "run_dir": str | None,
-    "resume": str | None,
+    "runs_dir": Annotated[str, annotated_types.MinLen(1)],
+    "run_dir": Annotated[str, annotated_types.MinLen(1)] | None,
+    "resume": Annotated[str, annotated_types.MinLen(1)] | None,
     "global_batch_size": Annotated[int, annotated_types.Ge(1)] | None,
     **dict.fromkeys(("overwrite", "test", "export", "report", "full_error"), bool),
+}
+# Arguments that the run fills in itself, and what to set instead.
+_GIVEN: dict[str, dict[str, str]] = {
+    "trainer": {
+        "callbacks": "use callbacks=",
+        "logger": "use logger=",
+        "default_root_dir": "use run_dir=",
+        "plugins": "it is how checkpoints are written",
+    },
+    "logger": {"save_dir": "use run_dir="},
+    "callbacks": {"folder": "use run_dir="},
 }
 
 
@@ -47,14 +60,48 @@ def targeted_blocks(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, 
     """Dotted name and content of every block that names with ``_target_`` what it is passed to."""
     for group in ("method", "backbone", "data", "trainer", "sweep"):
         block = config.get(group)
-        if isinstance(block, dict) and TARGET in block:
+        if isinstance(block, dict) and isinstance(block.get(TARGET), str):
             yield group, block
             if group == "trainer":
                 yield from ((f"trainer.{k}", v) for k, v in block.items() if isinstance(v, dict) and TARGET in v)
     for group in ("callbacks", "logger"):
-        for name, block in (config.get(group) or {}).items():
-            if isinstance(block, dict) and TARGET in block:
+        blocks = config.get(group)
+        for name, block in blocks.items() if isinstance(blocks, dict) else ():
+            if isinstance(block, dict) and isinstance(block.get(TARGET), str):
                 yield f"{group}.{name}", block
+
+
+def _shapeless_blocks(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What stands where a block with a ``_target_`` has to stand."""
+    if not config.get("method"):
+        yield Problem("method", "choose what to run with method=<name>; --help lists them")
+    places = [(group, config.get(group)) for group in ("method", "trainer", "data")]
+    for group in ("callbacks", "logger"):
+        blocks = config.get(group)
+        if isinstance(blocks, dict):
+            places += [(f"{group}.{name}", block) for name, block in blocks.items()]
+        elif blocks:
+            yield Problem(group, f"is {_shown(blocks)}; must be a mapping of names to blocks")
+    for where, block in places:
+        if not block and where != "trainer":
+            continue
+        if not isinstance(block, dict):
+            yield Problem(where, f"is {_shown(block)}; must be a block with a {TARGET}")
+        elif not isinstance(block.get(TARGET), str):
+            seen = f"is {_shown(block[TARGET])}" if TARGET in block else "is missing"
+            yield Problem(f"{where}.{TARGET}", f"{seen}; it names the class to build")
+    backbone = config.get("backbone")
+    if backbone and not isinstance(backbone, dict):
+        yield Problem("backbone", f"is {_shown(backbone)}; must be a block of settings")
+    elif isinstance(backbone, dict) and not isinstance(backbone.get(TARGET, ""), str):
+        yield Problem(f"backbone.{TARGET}", f"is {_shown(backbone[TARGET])}; it names the class to build")
+
+
+def _wrong_values(config: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "") -> Iterator[Problem]:
+    for key, annotation in kinds.items():
+        if key in config and (wrong := check_value(Parameter(key, annotation, required=False), config[key])):
+            good = _repair(annotation, config[key])
+            yield Problem(f"{prefix}{key}", wrong, fix="" if good is None else f"{prefix}{key}={good}")
 
 
 def validate(config: Mapping[str, Any]) -> list[Problem]:
@@ -66,13 +113,9 @@ def validate(config: Mapping[str, Any]) -> list[Problem]:
     Returns:
         The problems, in the order of the configuration; empty when there are none.
     """
-    problems: list[Problem] = []
-    for key, annotation in RUN_KEYS.items():
-        wrong = check_value(Parameter(key, annotation, required=False), config[key]) if key in config else None
-        if wrong:
-            problems.append(Problem(key, wrong))
-    if not isinstance(config.get("method"), dict):
-        problems.append(Problem("method", "choose what to run with method=<name>; --help lists them"))
+    problems = [Problem(key, "cannot be left out") for key in RUN_KEYS if key not in config]
+    problems += _wrong_values(config, RUN_KEYS)
+    problems += _shapeless_blocks(config)
     for where, block in targeted_blocks(config):
         try:
             signature = signature_of(str(block[TARGET]))
@@ -83,18 +126,23 @@ def validate(config: Mapping[str, Any]) -> list[Problem]:
     backbone = config.get("backbone")
     if isinstance(backbone, dict) and TARGET not in backbone:
         problems.extend(check_block("backbone", backbone, signature_of(BACKBONE)))
-    problems.extend(_missing_paths(config))
-    problems.extend(_run_folder_problems(config))
+    known = {problem.where for problem in problems}
+    problems.extend(problem for problem in places.check(config) if problem.where not in known)
     # What two blocks say together can be judged only when each says something that makes sense by itself.
     known = {problem.where for problem in problems}
-    problems.extend(problem for problem in cross_problems(config) if problem.where not in known)
-    return problems
+    return problems + [problem for problem in cross_problems(config) if problem.where not in known]
 
 
 def check_block(where: str, block: Mapping[str, Any], signature: Signature) -> Iterator[Problem]:
     """Unknown, missing and wrong keyword arguments of one block."""
+    group, _, inner = where.partition(".")
+    # A strategy inside the trainer's block has arguments of its own.
+    given = {} if group == "trainer" and inner else _GIVEN.get(group, {})
     for name, value in block.items():
         if name == TARGET:
+            continue
+        if name in given and name in signature.parameters:
+            yield Problem(f"{where}.{name}", f"is set by the run itself; {given[name]}")
             continue
         parameter = signature.parameters.get(name)
         if parameter is None:
@@ -106,10 +154,8 @@ def check_block(where: str, block: Mapping[str, Any], signature: Signature) -> I
         if wrong:
             good = _repair(parameter.annotation, value)
             yield Problem(f"{where}.{name}", wrong, fix="" if good is None else f"{where}.{name}={good}")
-    injected = {"trainer": ("callbacks", "logger"), "logger": ("save_dir",), "callbacks": ("folder",)}
-    skipped = injected.get(where.split(".")[0], ())
     for name, parameter in signature.parameters.items():
-        if parameter.required and name not in block and name not in skipped:
+        if parameter.required and name not in block and name not in given:
             about = f" [{first_sentence(parameter.doc)}]" if parameter.doc else ""
             text = f"{_short(signature)} needs it: {describe(parameter.annotation)}{about}"
             yield Problem(f"{where}.{name}", text)
@@ -127,11 +173,11 @@ def check_value(parameter: Parameter, value: Any) -> str | None:
         return f"must be given: {describe(parameter.annotation)}"
     if parameter.annotation is Any:
         return None
-    if _fits(parameter.annotation, value):
+    # No setting means infinity or NaN: they come from a typo or a division, and end in a NaN much later.
+    if not (isinstance(value, float) and not math.isfinite(value)) and _fits(parameter.annotation, value):
         return None
-    shown = f"{value!r}" if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=60)
-    shown = shown.removesuffix("\n...\n").strip()
-    text = f"is {shown[:80]}; must be {describe(parameter.annotation)}"
+    finite = " that is finite" if isinstance(value, float) and not math.isfinite(value) else ""
+    text = f"is {_shown(value)}; must be {describe(parameter.annotation)}{finite}"
     good = _repair(parameter.annotation, value)
     text = f"{text}; did you mean {good}?" if good is not None else text
     return f"{text} [{first_sentence(parameter.doc)}]" if parameter.doc else text
@@ -142,8 +188,15 @@ def first_sentence(doc: str) -> str:
     return re.split(r"(?<=[\w)`]{2})[.;:](?:\s|$)", doc, maxsplit=1)[0].rstrip(".").replace("``", "")
 
 
+def _shown(value: Any) -> str:
+    shown = f"{value!r}" if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=60)
+    return shown.removesuffix("\n...\n").strip()[:80]
+
+
 def _repair(annotation: Any, value: Any) -> Any:
     """The value that was probably meant, or None: the nearest allowed word, or the whole number behind 1e3."""
+    if isinstance(value, str) and _fits(annotation, [value]):
+        return f"[{value}]"
     if isinstance(value, float) and value.is_integer() and _fits(annotation, int(value)):
         return int(value)
     return nearest(str(value), [str(choice) for choice in _choices(annotation)])
@@ -217,63 +270,3 @@ def _limits(constraint: Any) -> Iterator[str]:
         yield f"with at least {constraint.min_length} item(s)"
     if isinstance(constraint, annotated_types.MaxLen):
         yield f"with at most {constraint.max_length} item(s)"
-
-
-def _missing_paths(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Files and folders that are named but do not exist."""
-    for group in ("backbone", "data", "method"):
-        block = config.get(group)
-        for name, value in block.items() if isinstance(block, dict) else ():
-            if not isinstance(value, str) or not value or "cache" in name:
-                continue
-            if name == "pretrained":
-                problem = _missing_pretrained(f"{group}.{name}", value)
-                if problem:
-                    yield problem
-            elif _names_a_path(name) and not Path(value).expanduser().exists():
-                yield Problem(f"{group}.{name}", f"there is no {value!r} here{_nearest_sibling(value)}")
-
-
-def _names_a_path(name: str) -> bool:
-    return name in _PATH_NAMES or name.endswith(tuple(f"_{word}" for word in _PATH_NAMES))
-
-
-def _run_folder_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """A run folder that is in use, and a run to resume that is not there."""
-    from safelight.cli.folders import is_used, process_rank
-
-    resume, run_dir = config.get("resume"), config.get("run_dir")
-    if isinstance(resume, str) and resume != "auto" and not Path(resume).expanduser().exists():
-        text = f"there is no run folder or checkpoint {resume!r}; resume=auto finds the newest unfinished run"
-        yield Problem("resume", text + _nearest_sibling(resume))
-    new = not resume and not config.get("overwrite") and process_rank() == 0
-    if new and isinstance(run_dir, str) and is_used(Path(run_dir).expanduser()):
-        text = f"{run_dir!r} holds an earlier run; add resume=auto to go on with it or overwrite=true to replace it"
-        yield Problem("run_dir", text)
-
-
-def _missing_pretrained(where: str, value: str) -> Problem | None:
-    """A ``pretrained`` that can only be a local folder, or a zoo name, and does not exist."""
-    if value.startswith("zoo:"):
-        from safelight import zoo
-
-        try:
-            zoo.path(value.removeprefix("zoo:"))
-        except SafelightError as error:
-            return Problem(where, str(error))
-        return None
-    # A hub id is `name` or `owner/name`; anything else with a slash, a dot or a tilde in front is a folder.
-    local = value.startswith(("/", "./", "../", "~")) or value.count("/") > 1
-    if local and not Path(value).expanduser().exists():
-        return Problem(
-            where, f"there is no folder {value!r}; give a diffusers folder or a hub id{_nearest_sibling(value)}"
-        )
-    return None
-
-
-def _nearest_sibling(value: str) -> str:
-    path = Path(value).expanduser()
-    if not path.parent.is_dir():
-        return ""
-    guess = nearest(path.name, [entry.name for entry in path.parent.iterdir()])
-    return f"; did you mean {str(Path(value).parent / guess)!r}?" if guess else ""

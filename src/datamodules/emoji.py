@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from safelight import zoo
 from safelight.datamodules.loading import ResumableLoader
+from safelight.errors import SafelightError
 
 STYLES = ("noto", "twemoji")
 BACKGROUNDS = {
@@ -102,6 +104,21 @@ def scenes(split: Literal["train", "held_out", "all"] = "all", names: tuple[str,
     return [scene for scene in everything if split == "all" or scene.held_out == (split == "held_out")]
 
 
+def read_picture(archive: Path, name: str) -> Image.Image:
+    """A picture out of a zip archive, RGBA.
+
+    Raises:
+        SafelightError: the archive or the picture in it is missing or damaged.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return Image.open(io.BytesIO(opened.read(name))).convert("RGBA")
+    except KeyError as error:
+        raise SafelightError(f"{archive} has no picture {name!r}") from error
+    except (zipfile.BadZipFile, zlib.error, OSError, SyntaxError, ValueError, EOFError) as error:
+        raise SafelightError(f"{archive}: {name!r} cannot be read ({error}); install the package again") from error
+
+
 class EmojiDataset(Dataset[dict[str, Any]]):
     """Scenes drawn on demand.
 
@@ -150,8 +167,7 @@ class EmojiDataset(Dataset[dict[str, Any]]):
         """Glyph centred on an empty canvas: premultiplied colour in [-1, 1] and alpha in [0, 1], (4, S, S)."""
         key = (thing, style, size)
         if key not in self._glyphs:
-            with zipfile.ZipFile(self._archive) as archive:
-                picture = Image.open(io.BytesIO(archive.read(f"{style}/{thing}.png"))).convert("RGBA")
+            picture = read_picture(self._archive, f"{style}/{thing}.png")
             edge = round(self.image_size * SIZES[size])
             # Resize with premultiplied alpha ("RGBa"), or transparent pixels bleed a dark rim into the glyph.
             picture = picture.convert("RGBa").resize((edge, edge), Image.Resampling.LANCZOS)

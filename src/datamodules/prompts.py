@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,22 +29,36 @@ def read_prompts(path: Path, column: str | int = 0) -> list[str]:
     Raises:
         SafelightError: the file or the column is missing, or the file holds no prompt.
     """
+    if path.is_dir():
+        raise SafelightError(f"source: {str(path)!r} is a folder; give a .txt, .tsv or .csv file, or 'emoji'")
     if not path.is_file():
         raise SafelightError(f"source: there is no file {str(path)!r}; give a .txt, .tsv or .csv file, or 'emoji'")
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix not in (".tsv", ".csv"):
-            prompts = [line.strip() for line in file]
-        else:
-            rows = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-            if isinstance(column, str):
-                if not rows or column not in rows[0]:
-                    raise SafelightError(f"column={column!r}: {path.name} has the columns {rows[0] if rows else []}")
-                column, rows = rows[0].index(column), rows[1:]
-            prompts = [row[column].strip() for row in rows if len(row) > column]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix in (".tsv", ".csv"):
+                prompts = _column(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), column, path.name)
+            else:
+                prompts = [line.strip() for line in file]
+    except UnicodeDecodeError as error:
+        raise SafelightError(f"source: {path.name} is not text in UTF-8 ({error}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise SafelightError(f"source: {path.name} is not a table of prompts ({error})") from error
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise SafelightError(f"source: {path.name} holds no prompts")
     return prompts
+
+
+def _column(reader: Iterator[list[str]], column: str | int, name: str) -> list[str]:
+    rows = [row for row in reader if row]
+    if isinstance(column, str):
+        if not rows or column not in rows[0]:
+            raise SafelightError(f"column={column!r}: {name} has the columns {rows[0] if rows else []}")
+        column, rows = rows[0].index(column), rows[1:]
+    width = max(map(len, rows), default=0)
+    if rows and not 0 <= column < width:
+        raise SafelightError(f"column={column}: {name} has {width} column(s), counted from 0")
+    return [row[column].strip() for row in rows if len(row) > column]
 
 
 class PromptDataset(Dataset[dict[str, Any]]):

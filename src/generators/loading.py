@@ -183,8 +183,10 @@ def _stored_settings(folder: Path | None) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SafelightError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise SafelightError(f"{file}: holds a {type(content).__name__}, not settings by name")
     return {key: value for key, value in content.items() if key in KEYS and value is not None}
 
 
@@ -194,17 +196,28 @@ def _load_pipeline(source: str, folder: Path | None, dtype: Any) -> Any:
         check_weights(folder)
         for name in ("unet", "transformer"):
             if (folder / name / "pruning.json").is_file():
-                from safelight.masking import load_pruned
-
-                parts[name] = load_pruned(folder / name).to(dtype)
+                parts[name] = _load_pruned(folder / name, dtype)
     try:
         with quiet():
             from diffusers import DiffusionPipeline
 
             # The dtype is always stated: transformers 5 would else take the one stored in the checkpoint.
             return DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
         raise SafelightError(_explain(source, folder, error)) from error
+
+
+def _load_pruned(folder: Path, dtype: Any) -> Any:
+    """A pruned denoiser; its loader ships with the artefact and so knows no SafelightError."""
+    from safelight.masking import load_pruned
+
+    try:
+        return load_pruned(folder).to(dtype)
+    except SafelightError:
+        raise
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise SafelightError(f"backbone.pretrained: the pruned model in {folder} cannot be opened: {reason}") from error
 
 
 def _explain(source: str, folder: Path | None, error: Exception) -> str:

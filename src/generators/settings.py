@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Annotated, Any, Final, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Family = Literal["flux", "sd3", "unet", "dit"]
@@ -24,11 +24,11 @@ def backbone_settings(
     *,
     name: str | None = None,
     family: Family | None = None,
-    pretrained: str,
+    pretrained: Annotated[str, MinLen(1)],
     num_inference_steps: Annotated[int, Ge(1)] | None = None,
     guidance_scale: Annotated[float, Ge(0)] | None = None,
-    height: Annotated[int, Ge(1)] | None = None,
-    width: Annotated[int, Ge(1)] | None = None,
+    height: Annotated[int, Ge(8)] | None = None,
+    width: Annotated[int, Ge(8)] | None = None,
     max_sequence_length: Annotated[int, Ge(1)] | None = None,
     dtype: Dtype | None = None,
     device: str | None = None,

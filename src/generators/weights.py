@@ -56,5 +56,7 @@ def _components(folder: Path) -> list[Path]:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SafelightError(f"{index}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise SafelightError(f"{index}: holds a {type(content).__name__}, not a pipeline's components")
     names = [name for name, value in content.items() if isinstance(value, list) and value and value[0] is not None]
     return [folder / name for name in names if (folder / name).is_dir()]

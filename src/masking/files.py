@@ -73,6 +73,8 @@ def load_masks(path: str | Path, specs: Sequence[UnitSpec] | None = None) -> tup
         values, content = load_file(file), json.loads(sidecar.read_text())
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SafelightError(f"masks in {file} are damaged: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("meta"), dict):
+        raise SafelightError(f"{sidecar} does not describe masks: it has no 'meta'")
     if specs is not None:
         check_names(values, specs, complete=True)
     return values, content["meta"]
@@ -161,8 +163,9 @@ def _read_list(file: Path) -> list[Tensor]:
         raise SafelightError(f"{file} is missing")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise SafelightError(f"{file} is damaged or holds more than tensors: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SafelightError(f"{file} is damaged or holds more than tensors: {reason}") from error
     if not isinstance(content, list) or not all(isinstance(item, Tensor) for item in content):
         raise SafelightError(f"{file} holds a {type(content).__name__}, not a list of tensors")
     return content

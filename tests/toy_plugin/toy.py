@@ -21,6 +21,16 @@ from safelight.reporting import write_model_card
 
 # "<step>:<signal>": the process sends itself that signal in that step.
 SIGNAL_VARIABLE = "TOY_SIGNAL"
+# "<stage>:<signal>": the same in `setup`, `validation`, `test` or `export`.
+STAGE_VARIABLE = "TOY_STAGE"
+# "<step>": the loss of that step is NaN.
+NAN_VARIABLE = "TOY_NAN"
+
+
+def _signal_in(stage: str) -> None:
+    wanted, _, number = os.environ.get(STAGE_VARIABLE, "").partition(":")
+    if wanted == stage:
+        os.kill(os.getpid(), signal.Signals(int(number)))
 
 
 class Toy(SafelightModule):
@@ -44,6 +54,10 @@ class Toy(SafelightModule):
         self.mode, self.lr = mode, lr
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
 
+    def on_fit_start(self) -> None:
+        """Before the first step."""
+        _signal_in("setup")
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Squared error, with noise on the inputs."""
         step, _, number = os.environ.get(SIGNAL_VARIABLE, "-1:9").partition(":")
@@ -53,16 +67,20 @@ class Toy(SafelightModule):
         if self.mode == "noisy":
             x = x + 0.1 * torch.randn_like(x)
         loss = (self.net(x) - y).square().mean()
-        self.log("train/loss", loss)
+        if self.global_step == int(os.environ.get(NAN_VARIABLE, "-1")):
+            loss = loss * float("nan")
+        self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Draws from the global stream on purpose: validation must not shift the stream of training."""
+        _signal_in("validation")
         torch.rand(3)
         self.log("val/mse", (self.net(batch[0]) - batch[1]).square().mean())
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """The metric, with noise that eval.py must meet again, and the control that predicts zero."""
+        _signal_in("test")
         x, y = batch
         self.log("test/mse", (self.net(x) - y).square().mean() + 0.01 * torch.rand(()))
         self.log("test/zero/mse", y.square().mean())
@@ -73,6 +91,9 @@ class Toy(SafelightModule):
 
     def export(self, folder: Path) -> Path:
         """The first layer as JSON, and its card."""
+        (folder / "half.json").write_text("{")
+        _signal_in("export")
+        (folder / "half.json").unlink()
         (folder / "plane.json").write_text(json.dumps(self.net[0].weight.tolist()), encoding="utf-8")
         write_model_card(
             folder,

@@ -67,7 +67,7 @@ def test_a_backbone_for_a_method_without_one(capsys: pytest.CaptureFixture[str])
     ("override", "words"),
     [
         ("backbone.dtype=int8", "one of float32, bfloat16, float16, float64"),
-        ("backbone.height=big", "a whole number >= 1"),
+        ("backbone.height=big", "a whole number >= 8"),
         ("backbone.num_inference_steps=0", "a whole number >= 1"),
         ("backbone.guidance_scale=-1", "a number >= 0"),
         ("backbone.heigth=64", "did you mean 'height'?"),

@@ -34,7 +34,7 @@ def test_errors_name_the_file_and_what_it_has(tmp_path: Path) -> None:
     table.write_text("Prompt\tCategory\nx\ty\n", encoding="utf-8")
     with pytest.raises(SafelightError, match=r"column='caption': a.tsv has the columns \['Prompt', 'Category'\]"):
         read_prompts(table, "caption")
-    with pytest.raises(SafelightError, match=r"a.tsv holds no prompts"):
+    with pytest.raises(SafelightError, match=r"column=7: a.tsv has 2 column\(s\)"):
         read_prompts(table, 7)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n", encoding="utf-8")

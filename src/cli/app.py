@@ -81,15 +81,11 @@ def _train(typed: list[str], program: str) -> int:
         from safelight.cli.sweeping import sweep
 
         return sweep(overrides, program)
-    from safelight.cli.validation import validate
-
     composed = composing.compose_all(overrides)
-    problems += composed.problems
-    if composed.config:
-        problems += composing.explain(composed, validate(composed.config))
-        if composed.config.get("sweep"):
-            chosen = f"sweep={composed.config['choices']['sweep']}"
-            problems.append(Problem("sweep", "is for several runs: add -m in front", typed=chosen, fix=chosen))
+    problems += composing.all_problems(composed)
+    if composed.config.get("sweep"):
+        chosen = f"sweep={composed.config['choices']['sweep']}"
+        problems.append(Problem("sweep", "is for several runs: add -m in front", typed=chosen, fix=chosen))
     if problems:
         raise ConfigError(problems)
     if "cfg" in flags:

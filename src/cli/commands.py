@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,16 +23,21 @@ _GIVEN: Final = {"trainer": ("callbacks", "logger", "plugins"), "logger": ("save
 def list_options(words: Sequence[str]) -> int:
     """``safelight list [group ...]``: what can be written after ``group=``, one sentence each."""
     groups = helping.groups()
-    wrong = [word for word in words if word not in groups]
-    if wrong:
-        problems = []
-        for word in wrong:
-            hint, guess = did_you_mean(word, groups)
-            problems.append(Problem(word, f"there is no group {word!r}; {hint}", typed=word, fix=guess or ""))
-        raise ConfigError(problems)
+    _refuse_unknown(words, groups, "group")
     for group in words or groups:
         print("\n".join(helping.listing(group, group)))
     return 0
+
+
+def _refuse_unknown(words: Sequence[str], known: Collection[str], kind: str) -> None:
+    """All words that name nothing, in one message."""
+    problems = []
+    for word in words:
+        if word not in known:
+            hint, guess = did_you_mean(word, known)
+            problems.append(Problem(word, f"there is no {kind} {word!r}; {hint}", typed=word, fix=guess or ""))
+    if problems:
+        raise ConfigError(problems)
 
 
 def validate_command(words: Sequence[str]) -> int:
@@ -42,8 +47,7 @@ def validate_command(words: Sequence[str]) -> int:
         problems = validate({**config, "run_dir": None})  # A finished run's own folder is in use, of course.
     else:
         composed = composing.compose_all(words)
-        config = composed.config
-        problems = composed.problems + (composing.explain(composed, validate(config)) if config else [])
+        config, problems = composed.config, composing.all_problems(composed)
     if problems:
         raise ConfigError(problems)
     choices = config.get("choices") or {}
@@ -56,13 +60,7 @@ def show(words: Sequence[str]) -> int:
     """``safelight show [block …] key=value …``: the configuration with every argument, its default and its meaning."""
     blocks = [word for word in words if "=" not in word]
     config = composing.compose([word for word in words if "=" in word])
-    unknown = [block for block in blocks if block not in config]
-    if unknown:
-        problems = []
-        for block in unknown:
-            hint, guess = did_you_mean(block, config)
-            problems.append(Problem(block, f"there is no block {block!r}; {hint}", typed=block, fix=guess or ""))
-        raise ConfigError(problems)
+    _refuse_unknown(blocks, config, "block")
     for key, value in config.items():
         if not blocks or key in blocks:
             print("\n".join(_shown(key, value, key)))

@@ -164,12 +164,15 @@ def compose_valid(overrides: Sequence[str]) -> Composed:
         ConfigError: all mistakes.
     """
     composed = compose_all(overrides)
-    problems = list(composed.problems)
-    if composed.config:
-        problems += explain(composed, validate(composed.config))
+    problems = all_problems(composed)
     if problems:
         raise ConfigError(problems)
     return composed
+
+
+def all_problems(composed: Composed) -> list[Problem]:
+    """Everything wrong with a command line: what could not be composed, then what its values may not be."""
+    return composed.problems + (explain(composed, validate(composed.config)) if composed.config else [])
 
 
 def resolve(template: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -222,8 +222,7 @@ def _check_all(jobs: Sequence[Sequence[str]]) -> None:
 
 def job_problems(job: Sequence[str]) -> list[Problem]:
     """Everything wrong with the command line of one run."""
-    composed = composing.compose_all(job)
-    return composed.problems + composing.explain(composed, validate(composed.config) if composed.config else [])
+    return composing.all_problems(composing.compose_all(job))
 
 
 def _folder(own: Sequence[str], shared: Sequence[str], plan: dict[str, Any]) -> Path:

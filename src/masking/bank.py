@@ -212,7 +212,7 @@ class MaskBank(nn.Module):
             row = [part for part in row if len(part)]
             features = row[0] if len(row) == 1 else torch.cat(row)
             if self.compensation is not None and key[1] == "in":
-                self._corrected[key] = self.compensation.corrected(key[0], self._linears[key], features)
+                self._corrected[key] = self.compensation.corrected(key[0], features)
             else:
                 self._features[key] = features
 

@@ -55,11 +55,7 @@ class Compensation:
                 f"correction=joint needs {needed / 2**30:.1f} GiB for the Gram matrices of {len(paths)} layers, it may "
                 f"take {memory_bytes / 2**30:.1f} GiB; use correction=after"
             )
-        linears = {path: cast(nn.Linear, denoiser.get_submodule(path)) for path in paths}
-        self.widths = {path: linear.in_features for path, linear in linears.items()}
-        self.dtypes = {
-            path: torch.promote_types(linear.weight.dtype, torch.float32) for path, linear in linears.items()
-        }
+        self.linears = {path: cast(nn.Linear, denoiser.get_submodule(path)) for path in paths}
         self.grams = input_grams(denoiser, paths, run)
         self.exchange: dict[str, Tensor] = {}  # B - 1: what comes in place of each feature, less the feature
 
@@ -88,11 +84,12 @@ class Compensation:
                 numbers = unit.setdefault(site.module, torch.arange(width))
                 numbers[features] = numbers[features][:: spec.group].repeat_interleave(spec.group)
         for path, gram in self.grams.items():
-            fill = _fill(gram, kept[path], unit[path], self.widths[path], self.ridge)
+            linear = self.linears[path]
+            fill = _fill(gram, kept[path], unit[path], linear.in_features, self.ridge)
             fill.diagonal().sub_(1)
-            self.exchange[path] = fill.to(self.dtypes[path])
+            self.exchange[path] = fill.to(torch.promote_types(linear.weight.dtype, torch.float32))
 
-    def corrected(self, path: str, linear: nn.Linear, gate: Tensor) -> tuple[Tensor, Tensor | None]:
+    def corrected(self, path: str, gate: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight ``(out, in)`` and bias ``(out,)`` of a consuming Linear, with a graph to its gate ``(in,)``.
 
         The gate is in the weight, so the caller leaves the input as it is. A gate of exactly 1 gets no gradient, which
@@ -103,6 +100,7 @@ class Compensation:
         """
         if path not in self.exchange:
             raise SafelightError("compensation has no kept set yet; call refresh(masks) first")
+        linear = self.linears[path]
         weight = linear.weight.to(gate.dtype)
         closing = (gate < 1).nonzero()[:, 0]
         change = (weight[:, closing] * (1 - gate[closing])) @ self.exchange[path].to(gate)[closing]

@@ -114,7 +114,7 @@ def _evaluate(typed: list[str], program: str) -> int:
     path, problems = find_checkpoint(typed)
     if problems:
         raise ConfigError(problems)
-    evaluate(path, typed)
+    evaluate(path, typed, started_as=program)
     return 0
 
 

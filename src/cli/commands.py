@@ -146,7 +146,7 @@ def export(words: Sequence[str]) -> int:
         problems.append(Problem("export_dir", f"{str(target)!r} is not empty; give another folder"))
     if problems:
         raise ConfigError(problems)
-    evaluate(path, overrides, export_to=target)
+    evaluate(path, overrides, export_to=target, started_as="safelight export")
     return 0
 
 

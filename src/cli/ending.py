@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,21 @@ if TYPE_CHECKING:
     from safelight.reporting import Summary
 
 
-def eval_command(checkpoint: Path) -> str:
-    """The command that repeats a run's numbers."""
-    return shlex.join(["python", "eval.py", f"ckpt_path={shown_path(checkpoint)}"])
+def eval_command(checkpoint: Path, started_as: str = "") -> str:
+    """The command that repeats a run's numbers; see ``as_started``."""
+    return as_started(shlex.join(["python", "eval.py", f"ckpt_path={shown_path(checkpoint)}"]), started_as)
+
+
+def as_started(command: str, started_as: str) -> str:
+    """A ``python train.py`` or ``python eval.py`` line for somebody who has only the ``safelight`` program.
+
+    Args:
+        command: to print.
+        started_as: how this run was started; ``safelight ...`` means that the scripts are not at hand.
+    """
+    if started_as.split(" ")[0] != "safelight":
+        return command
+    return re.sub(r"^python (train|eval)\.py", r"safelight \1", command)
 
 
 def shown_path(path: Path) -> str:
@@ -96,7 +109,7 @@ def _first_sentence(module: LightningModule) -> str:
     return " ".join((type(module).__doc__ or "").strip().split("\n\n")[0].split())
 
 
-def print_end(folder: Path, module: LightningModule, summary: Summary) -> None:
+def print_end(folder: Path, module: LightningModule, summary: Summary, started_as: str = "") -> None:
     """The before/after table, where the artefact lies, the evaluation command, and the command at full size."""
     print(flush=True)
     table = getattr(module, "summary_table", None)
@@ -115,7 +128,7 @@ def print_end(folder: Path, module: LightningModule, summary: Summary) -> None:
     lines.append(("evaluate", summary.eval_command))
     full_size = getattr(module, "full_size_command", lambda: None)()
     if full_size:
-        lines.append(("full size", full_size))
+        lines.append(("full size", as_started(full_size, started_as)))
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         print(f"{name:<{width}}  {text}")

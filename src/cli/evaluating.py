@@ -32,7 +32,12 @@ _SHOWN_DIFFERENCES = 5
 _GROUPS = ("backbone", "data", "trainer", "callbacks", "logger")
 
 
-def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Path | None = None) -> Summary:
+def evaluate(
+    ckpt_path: str | Path,
+    overrides: Sequence[str] = (),
+    export_to: Path | None = None,
+    started_as: str = "python eval.py",
+) -> Summary:
     """Test a checkpoint and write ``summary.json`` and a report.
 
     Args:
@@ -40,6 +45,7 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Pa
         overrides: changes to the stored configuration, for example ``["data.batch_size=8", "trainer=gpu"]``,
             ``eval_dir=<folder>`` for where the results go, and ``allow_difference=true``.
         export_to: an empty or new folder to write the method's artefact to as well.
+        started_as: how the program was started, for the command that is printed.
 
     Returns:
         The content of the written ``summary.json``.
@@ -64,7 +70,7 @@ def evaluate(ckpt_path: str | Path, overrides: Sequence[str] = (), export_to: Pa
     allowed = _read_switch("allow_difference", own.get("allow_difference", "false"))
     folder = _results_folder(checkpoint, own.get("eval_dir"))
     try:
-        return _evaluate_into(folder, checkpoint, config, started, overrides, allowed, export_to)
+        return _evaluate_into(folder, checkpoint, config, started, overrides, allowed, export_to, started_as)
     except BaseException:
         folders.remove_empty(folder, Path("runs"))
         raise
@@ -78,6 +84,7 @@ def _evaluate_into(
     overrides: Sequence[str],
     allowed: bool,
     export_to: Path | None,
+    started_as: str,
 ) -> Summary:
     from lightning.pytorch import seed_everything
 
@@ -89,7 +96,7 @@ def _evaluate_into(
     watching = building.build_chosen(progress, folder)
     trainer = building.build_trainer(config, watching, False, folder)
     metrics, controls = running.measure(trainer, module, datamodule, checkpoint, int(config.get("seed", 0)))
-    command = ending.eval_command(checkpoint)
+    command = ending.eval_command(checkpoint, started_as)
     summary = ending.summarise(config, module, metrics, controls, None, command, started)
     comparison = compare_with_training(checkpoint, summary)
     changed = [word for word in overrides if re.split(r"[.=]", word.lstrip("+~"))[0] not in _SAME_QUESTION]
@@ -107,7 +114,7 @@ def _evaluate_into(
     summary = ending.summarise(config, module, metrics, controls, artefact, command, started)
     ending.write_report(folder / "report", module, summary)
     write_summary(folder, summary)
-    ending.print_end(folder, module, summary)
+    ending.print_end(folder, module, summary, started_as)
     print(comparison.sentence(changed))
     return summary
 

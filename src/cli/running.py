@@ -251,7 +251,7 @@ def conclude(
     """
     from safelight.reporting import write_summary
 
-    eval_command = ending.eval_command(run.folder / "checkpoints" / "best.ckpt")
+    eval_command = ending.eval_command(run.folder / "checkpoints" / "best.ckpt", run.command)
     state_facts(run.config, run.command, eval_command, run.module, metrics, controls)
     run.module.eval()
     artefact = export(run.module, run.folder / "export") if run.config["export"] else None
@@ -259,7 +259,7 @@ def conclude(
     if run.config["report"]:
         ending.write_report(run.folder / "report", run.module, summary)
     write_summary(run.folder, summary)
-    ending.print_end(run.folder, run.module, summary)
+    ending.print_end(run.folder, run.module, summary, run.command)
     return summary
 
 

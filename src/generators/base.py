@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
@@ -350,16 +350,34 @@ class Generator(ABC):
 
     @overload
     def rollout(
-        self, z: Tensor, cond: Conditioning, *, checkpoint: Checkpoint = ..., trajectory: Literal[False] = ...
+        self,
+        z: Tensor,
+        cond: Conditioning,
+        *,
+        checkpoint: Checkpoint = ...,
+        trajectory: Literal[False] = ...,
+        before_step: Callable[[int], object] | None = ...,
     ) -> Tensor: ...
 
     @overload
     def rollout(
-        self, z: Tensor, cond: Conditioning, *, checkpoint: Checkpoint = ..., trajectory: Literal[True]
+        self,
+        z: Tensor,
+        cond: Conditioning,
+        *,
+        checkpoint: Checkpoint = ...,
+        trajectory: Literal[True],
+        before_step: Callable[[int], object] | None = ...,
     ) -> list[Tensor]: ...
 
     def rollout(
-        self, z: Tensor, cond: Conditioning, *, checkpoint: Checkpoint = "none", trajectory: bool = False
+        self,
+        z: Tensor,
+        cond: Conditioning,
+        *,
+        checkpoint: Checkpoint = "none",
+        trajectory: bool = False,
+        before_step: Callable[[int], object] | None = None,
     ) -> Tensor | list[Tensor]:
         """Run all T steps.
 
@@ -372,6 +390,8 @@ class Generator(ABC):
                 ``"step"`` keeps T latents and the activations of one step, for one more forward pass; ``"step+block"``
                 also recomputes within a step, block by block.
             trajectory: Return all latents instead of the last.
+            before_step: Called with the index of each step before it runs, also when it is recomputed; puts the gates
+                of that step in force where they differ from step to step.
 
         Returns:
             The final latent, or the list of T+1 latents beginning with ``z``.
@@ -381,7 +401,13 @@ class Generator(ABC):
         """
         if checkpoint not in ("none", "step", "step+block"):
             raise SafelightError(f"checkpoint={checkpoint!r}: choose 'none', 'step' or 'step+block'")
-        function = self._step_by_blocks if checkpoint == "step+block" and torch.is_grad_enabled() else self.step
+        plain = self._step_by_blocks if checkpoint == "step+block" and torch.is_grad_enabled() else self.step
+
+        def function(z: Tensor, i: int, cond: Conditioning) -> Tensor:
+            if before_step is not None:
+                before_step(i)
+            return plain(z, i, cond)
+
         last = len(self.sampler.timesteps) - 1
         latents = [z]
         for i in range(last + 1):

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from safelight.masking.files import save_masks as save_masks
     from safelight.masking.files import save_pruned as save_pruned
     from safelight.masking.files import write_manifest as write_manifest
+    from safelight.masking.gates import saturation_logit as saturation_logit
+    from safelight.masking.groups import DEFAULT_GROUPS as DEFAULT_GROUPS
+    from safelight.masking.groups import GROUPS as GROUPS
+    from safelight.masking.groups import MaskGroup as MaskGroup
+    from safelight.masking.groups import choose_groups as choose_groups
     from safelight.masking.hardening import harden as harden
     from safelight.masking.hardening import kept_fraction as kept_fraction
     from safelight.masking.hardening import removed_params as removed_params
@@ -50,6 +55,11 @@ _HOME = {
     "prunable_params": "units",
     "specs_for": "units",
     "MaskBank": "bank",
+    "saturation_logit": "gates",
+    "DEFAULT_GROUPS": "groups",
+    "GROUPS": "groups",
+    "MaskGroup": "groups",
+    "choose_groups": "groups",
     "harden": "hardening",
     "kept_fraction": "hardening",
     "removed_params": "hardening",

@@ -105,6 +105,7 @@ class MaskBank(nn.Module):
             self.load_logits(init)
         self.current: dict[str, Tensor] = {}
         self.compensation: Compensation | None = None
+        self._plan: list[tuple[dict[str, Tensor], dict[tuple[str, str], Tensor], dict[tuple[str, str], Any]]] = []
         self._features: dict[tuple[str, str], Tensor] = {}
         self._corrected: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
         self._handles: list[Any] = []
@@ -154,6 +155,28 @@ class MaskBank(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         total = sum(spec.n_units for spec in self.specs.values())
         return self._install(torch.rand(total, generator=generator))
+
+    def sample_steps(self, seed: int, steps: int) -> None:
+        """Draw gates of their own for every denoising step; ``use_step`` then puts one set in force.
+
+        Minimalist Concept Erasure (arXiv 2507.13386) draws anew in each step. Drawing all of them before the rollout is
+        what makes a recomputed step see the gates of its first pass.
+
+        Args:
+            seed: of all draws together.
+            steps: number of denoising steps.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        plan = []
+        for u in torch.rand(steps, sum(spec.n_units for spec in self.specs.values()), generator=generator):
+            self._install(u)
+            plan.append((self.current, self._features, self._corrected))
+        self._plan = plan
+        self.use_step(0)
+
+    def use_step(self, i: int) -> None:
+        """Put the gates of denoising step ``i`` in force: what ``Generator.rollout(before_step=...)`` calls."""
+        self.current, self._features, self._corrected = self._plan[i]
 
     def deterministic(self) -> dict[str, Tensor]:
         """Put the gates of the median draw (``u = 1/2``) in force and return them."""
@@ -267,6 +290,7 @@ class MaskBank(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copied bank is detached and dense: its hooks and its graph belong to the original.
         nothing: dict[str, Any] = {"current": {}, "_features": {}, "_corrected": {}, "_handles": [], "_linears": {}}
+        nothing |= {"_plan": []}
         return self.__dict__ | nothing | {"compensation": None}
 
     # -- what training asks for -----------------------------------------------------------------------------------

@@ -93,9 +93,10 @@ def narrow(denoiser: nn.Module, layers: list[dict[str, Any]]) -> None:
         kept = torch.zeros(layer["n_units"], dtype=torch.bool)
         kept[torch.tensor(layer["kept"], dtype=torch.long)] = True
         features = kept.repeat_interleave(layer["group"])
-        if layer["kind"] == "modulation":
+        if layer["kind"] in ("modulation", "linear"):
             if not bool(kept.all()):
-                _replace(denoiser, layer["name"] + ".linear", lambda old, k=kept: ScatterLinear(old, k.nonzero()[:, 0]))
+                path = layer["consumers"][0][0]
+                _replace(denoiser, path, lambda old, k=kept: ScatterLinear(old, k.nonzero()[:, 0]))
             continue
         for sites, masks, width in (
             (layer["producers"], rows, "out_features"),

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 
-Kind = Literal["head", "neuron", "modulation"]
+Kind = Literal["head", "neuron", "modulation", "linear"]
 Price = Literal["units", "params", "flops"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = ("head", "neuron", "modulation")
+"""Kinds that do not overlap. ``linear``, every output feature of every ``Linear``, has to be asked for by name."""
 
+# Ends the name of a ``linear`` layer, which would else be that of the module it belongs to.
+_LINEAR_OUTPUT = ".out"
 _MODULATION_NAMES = ("norm1", "norm1_context", "norm")
 _PRODUCERS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -46,14 +49,15 @@ class UnitSpec:
 
     Attributes:
         name: path of the layer; the key of its logits, gates and masks.
-        kind: ``"head"``, ``"neuron"`` or ``"modulation"``.
+        kind: ``"head"``, ``"neuron"``, ``"modulation"`` or ``"linear"`` (one output feature of a ``Linear``).
         n_units: number of units.
         group: neighbouring features that one unit spans (the head dimension, or 1).
         sites: where the gate acts; every site sees the same gate (both streams of a joint attention).
         producers: rows that exist only for these units.
         params_per_unit: parameters that go with one unit.
         flops_per_token_per_unit: FLOPs (2 per multiply-add) that the unit's projections spend on one token; 0 for
-            modulation, which runs once per sample. The attention scores themselves are not counted.
+            modulation, which runs once per sample, and for ``linear``, whose units only turn to zeros. The attention
+            scores themselves are not counted.
         tokens: tokens the layer sees in one call; 1 until ``count_tokens`` measures it.
     """
 
@@ -95,12 +99,12 @@ def find_units(
     Raises:
         SafelightError: a kind is unknown, query/key/value projections are fused, or nothing was found.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in kinds if kind not in get_args(Kind)]
     if unknown:
-        raise SafelightError(f"kinds={list(kinds)} has unknown {unknown}; choose from {', '.join(KINDS)}")
+        raise SafelightError(f"kinds={list(kinds)} has unknown {unknown}; choose from {', '.join(get_args(Kind))}")
     specs = [
         spec
-        for spec in _walk(denoiser)
+        for spec in [*_walk(denoiser), *(_linear_specs(denoiser) if "linear" in kinds else ())]
         if spec.kind in kinds and spec.n_units > 0 and (pattern is None or re.search(pattern, spec.name))
     ]
     if not specs:
@@ -122,7 +126,8 @@ def specs_for(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> list[UnitSpec
     Raises:
         SafelightError: a mask names no layer of this denoiser, or has another length.
     """
-    specs = {spec.name: spec for spec in find_units(denoiser, KINDS)}
+    kinds = (*KINDS, "linear") if any(name.endswith(_LINEAR_OUTPUT) for name in masks) else KINDS
+    specs = {spec.name: spec for spec in find_units(denoiser, kinds)}
     check_names(masks, specs.values())
     return [spec for name, spec in specs.items() if name in masks]
 
@@ -186,14 +191,19 @@ def count_tokens(denoiser: nn.Module, specs: Sequence[UnitSpec], run: Callable[[
     ]
 
 
-def _walk(denoiser: nn.Module) -> Iterator[UnitSpec]:
-    """All specs of all kinds; U-Net stages are put in the order they run, not in which they were declared."""
+def _in_execution_order(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Named modules; U-Net stages are put in the order they run, not in which they were declared."""
     stage = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     modules = dict(denoiser.named_modules())
     is_unet = "down_blocks" in modules and "up_blocks" in modules
     names = sorted(modules, key=lambda name: stage.get(name.split(".")[0], -1)) if is_unet else list(modules)
-    for name in names:
-        module = modules[name]
+    return [(name, modules[name]) for name in names]
+
+
+def _walk(denoiser: nn.Module) -> Iterator[UnitSpec]:
+    """All specs of the kinds that do not overlap."""
+    modules = dict(denoiser.named_modules())
+    for name, module in _in_execution_order(denoiser):
         if _is_attention(module):
             spec = _head_spec(name, module, modules)
         elif _is_feed_forward(module):
@@ -283,3 +293,12 @@ def _modulation_spec(name: str, norm: Any) -> UnitSpec:
     linear = norm.linear
     params = linear.in_features + (linear.bias is not None)
     return UnitSpec(name, "modulation", linear.out_features, 1, (Site(f"{name}.linear", "out"),), (), params, 0)
+
+
+def _linear_specs(denoiser: nn.Module) -> Iterator[UnitSpec]:
+    """The outputs of every ``Linear``; the name is the module's with ``.out`` behind it."""
+    for name, module in _in_execution_order(denoiser):
+        if isinstance(module, nn.Linear):
+            params = module.in_features + (module.bias is not None)
+            sites = (Site(name, "out"),)
+            yield UnitSpec(name + _LINEAR_OUTPUT, "linear", module.out_features, 1, sites, (), params, 0)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from safelight.metrics.distance import FeatureDistance as FeatureDistance
     from safelight.metrics.latent import LatentError as LatentError
     from safelight.metrics.samples import SampleMean as SampleMean
+    from safelight.metrics.samples import SampleRows as SampleRows
     from safelight.metrics.structure import SSIM as SSIM
 
 _HOME = {
@@ -23,6 +24,7 @@ _HOME = {
     "FeatureDistance": "distance",
     "LatentError": "latent",
     "SampleMean": "samples",
+    "SampleRows": "samples",
     "ShuffledAccuracy": "accuracy",
     "cost_report": "cost",
 }

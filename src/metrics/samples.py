@@ -94,3 +94,20 @@ class SampleMean(PerSample):
     def compute(self) -> Tensor:
         """The mean over distinct samples."""
         return self.rows().mean()
+
+
+class SampleRows(PerSample):
+    """All rows themselves, for numbers that need several columns of a sample together."""
+
+    def update(self, values: Tensor, index: Tensor | None = None) -> None:
+        """Adds samples.
+
+        Args:
+            values: ``(B, K)``.
+            index: Sample indices ``(B,)``; repeats are dropped.
+        """
+        self.keep(values.float(), index)
+
+    def compute(self) -> Tensor:
+        """``(N, K)``, the distinct samples of all processes ordered by index."""
+        return self.rows()

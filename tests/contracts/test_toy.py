@@ -1,3 +1,5 @@
+"""The smallest method keeps the contract, so that the contract itself is tried where it is quick."""
+
 from __future__ import annotations
 
 from typing import ClassVar
@@ -5,7 +7,7 @@ from typing import ClassVar
 from safelight.testing.contracts import MethodContract
 
 
-class Contract(MethodContract):
+class TestContract(MethodContract):
     method = "toy"
     opens_with = "import json; assert len(json.loads((folder / 'plane.json').read_text())) == 8"
     batch_size = 4

@@ -1,4 +1,4 @@
-"""The modules that train the zoo, on tiny networks and a handful of pictures."""
+"""TextToImage: its loss against the formula, its running average, its checkpoints and its export."""
 
 from __future__ import annotations
 
@@ -8,49 +8,43 @@ from typing import Any
 import pytest
 import torch
 from ecodiff_toys import trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from zoo_toys import Losses, load, pictures
 
 from safelight.generators import Generator, generator_for
-from safelight.lightning_modules import Autoencoder, Clip, TextToImage
-from safelight.lightning_modules.autoencoder.module import whiten_latents
+from safelight.lightning_modules import TextToImage
 from safelight.lightning_modules.randomness import row_generator, step_seed
-from safelight.testing.pipelines import build_pipeline
-
-WORDS = ("ant", "bee", "cat", "dog")
-
-
-def pictures(size: int = 16, count: int = 8) -> list[dict[str, Any]]:
-    """Two-coloured pictures whose colour belongs to their word."""
-    source = torch.Generator().manual_seed(0)
-    colours = torch.rand(4, 3, 1, 1, generator=source) * 2 - 1
-    items = []
-    for index in range(count):
-        image = colours[index % 4].expand(3, size, size).clone()
-        image[:, : size // 2] *= 0.5 + 0.05 * (index // 4)
-        word = WORDS[index % 4]
-        items.append({"image": image, "caption": f"a {word} {index // 4}", "thing": word, "index": 10 + index})
-    return items
+from safelight.testing.contracts import MethodContract
+from safelight.testing.pipelines import build_pipeline, pipeline_folder
 
 
-def load(items: list[dict[str, Any]], batch_size: int = 4) -> DataLoader[Any]:
-    return DataLoader(items, batch_size=batch_size)  # type: ignore[arg-type]
+class TestContract(MethodContract):
+    method = "text_to_image"
+    opens_with = """
+import torch
+from diffusers import FluxPipeline
+pipeline = FluxPipeline.from_pretrained(folder)
+picture = pipeline("a cat", height=16, width=16, num_inference_steps=2, max_sequence_length=16, output_type="pt",
+                   generator=torch.Generator().manual_seed(0)).images
+assert picture.shape == (1, 3, 16, 16) and picture.std() > 0
+"""
+    # The running average of the weights is saved beside them.
+    state_ratio = 2.0
+    # Some gradients are zero but for rounding (the bias of keys, for one), and Adam divides by their size.
+    equivalence_precision = "64-true"
+
+    def overrides(self) -> list[str]:
+        return [
+            f"backbone={pipeline_folder('flux')}", "method.warmup_steps=2", "method.lr=1e-2",
+            "data.image_size=16", "data.test_size=5",
+        ]  # fmt: skip
 
 
 def generator(family: str, seed: int = 0) -> Generator:
     pipeline = build_pipeline(family, seed)
     denoiser = pipeline.unet if "unet" in family else pipeline.transformer
     return generator_for(denoiser)(pipeline, num_inference_steps=2, height=16, width=16, guidance_scale=1.0)
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        self.values.append(float(outputs["loss"]))
 
 
 @pytest.mark.parametrize("family", ["flux", "unet_sdxl"])
@@ -149,7 +143,8 @@ def test_conditioning_in_training_is_that_of_sampling() -> None:
         trained, sampled = module.condition(captions), module.generator.encode(captions)
         assert trained.keys() == sampled.keys()
         for key, value in trained.items():
-            assert torch.allclose(value.float(), sampled[key].float(), atol=1e-5), (family, key)
+            # Single precision: the order of sums differs between processors by a little more than 1e-5.
+            assert torch.allclose(value.float(), sampled[key].float(), atol=1e-4), (family, key)
         if family == "unet_sdxl":
             empty = module.condition(["", "a cat"])["prompt_embeds"]
             assert empty[0].abs().max() == 0
@@ -200,112 +195,6 @@ def test_reset_forgets_the_weights() -> None:
     torch.manual_seed(9)
     fresh = TextToImage(backbone=old, reset=True)
     assert not torch.equal(fresh.trained["denoiser"].state_dict()[key], before)
-
-
-# -- autoencoder -----------------------------------------------------------------------------------------------------
-
-
-def small_autoencoder(**settings: Any) -> Autoencoder:
-    torch.manual_seed(0)
-    return Autoencoder(block_out_channels=(8, 16), latent_channels=3, **settings)
-
-
-@torch.no_grad()
-def test_whitening_changes_the_latents_and_not_the_pictures() -> None:
-    model = small_autoencoder().autoencoder.double()
-    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double() * 2 - 1
-    old = model.encode(images).latent_dist
-    mean, std = old.mean.mean((0, 2, 3)), old.mean.var((0, 2, 3), correction=0).sqrt()
-    first = model.decoder.conv_in(old.mean)
-    whiten_latents(model, mean, std)
-    new = model.encode(images).latent_dist
-    assert torch.allclose(new.mean.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-10)
-    assert torch.allclose(new.mean.var((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-10)
-    assert torch.allclose(new.logvar, old.logvar - 2 * std.log().view(3, 1, 1), atol=1e-10)
-    again = model.decoder.conv_in(new.mean)
-    assert torch.allclose(again[..., 1:-1, 1:-1], first[..., 1:-1, 1:-1], atol=1e-10)
-    # Only what the padding stands for changes, so without a shift whole pictures stay.
-    before = model.decode(new.mean).sample
-    whiten_latents(model, torch.zeros(3).double(), torch.tensor([0.5, 2.0, 3.0]).double())
-    assert torch.allclose(model.decode(model.encode(images).latent_dist.mode()).sample, before, atol=1e-9)
-
-
-def test_autoencoder_learns_and_exports_whitened(tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL
-
-    module, losses = small_autoencoder(lr=1e-2, warmup_steps=5), Losses()
-    items = pictures(32, 16)
-    trainer(max_steps=30, callbacks=[losses]).fit(module, load(items, 16))
-    assert sum(losses.values[-5:]) < 0.7 * sum(losses.values[:5])
-    model = AutoencoderKL.from_pretrained(module.export(tmp_path))
-    assert (model.config.scaling_factor, model.config.shift_factor) == (1.0, 0.0)
-    images = torch.stack([item["image"] for item in items])
-    with torch.no_grad():
-        own, exported = module.eval()(images), model.decode(model.encode(images).latent_dist.mode()).sample
-    error = [F.l1_loss(pictures, images).item() for pictures in (own, exported)]
-    assert error[1] == pytest.approx(error[0], rel=0.1)
-
-
-def test_autoencoder_metrics_by_hand() -> None:
-    module = small_autoencoder().eval()
-    items = pictures(32, 4)
-    (numbers,) = trainer().test(module, load(items), verbose=False)
-    images = torch.stack([item["image"] for item in items])
-    with torch.no_grad():
-        restored = module(images).clamp(-1, 1)
-    squares = ((restored - images) / 2).square().mean((1, 2, 3))
-    assert numbers["test/psnr"] == pytest.approx((10 * torch.log10(1 / squares)).mean().item(), rel=1e-4)
-    assert numbers["test/l1"] == pytest.approx((restored - images).abs().mean().item(), rel=1e-4)
-
-
-# -- clip ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from safelight.zoo.skeletons import tiny_clip
-
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    tiny_clip(folder)
-    return folder
-
-
-def emoji(count: int) -> list[dict[str, Any]]:
-    from safelight.datamodules.emoji import EmojiDataset, things
-
-    data = EmojiDataset("all", 64)
-    rows = [data[i * len(data) // len(things())] for i in range(count)]
-    return [row | {"caption": f"a {row['thing']}"} for row in rows]
-
-
-def test_clip_learns_to_name_what_it_saw(clip_folder: Path, tmp_path: Path) -> None:
-    from transformers import CLIPModel, CLIPProcessor
-
-    items = emoji(12)
-    module, losses = Clip(pretrained=str(clip_folder), lr=2e-3, warmup_steps=3, shift=1, noise=0.05), Losses()
-    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True, save_top_k=0, every_n_train_steps=40)
-    run = trainer(max_steps=40, callbacks=[losses, saver], enable_checkpointing=True)
-    run.fit(module, load(items, 12))
-    assert losses.values[0] == pytest.approx(2.5, abs=0.5)  # about ln 12
-    assert losses.values[-1] < 0.6 * losses.values[0]
-    for _ in range(2):  # a second test starts afresh
-        (numbers,) = trainer().test(
-            module, load(items, 12), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
-        )
-        assert numbers["test/thing_accuracy"] >= 0.8
-        assert numbers["test/caption_accuracy"] >= 0.8
-        assert numbers["test/untrained/thing_accuracy"] <= 0.4
-    folder = tmp_path / "export"
-    folder.mkdir()
-    model, processor = CLIPModel.from_pretrained(module.export(folder)), CLIPProcessor.from_pretrained(folder)
-    tokens = processor.tokenizer([items[0]["caption"]], padding="max_length", truncation=True, return_tensors="pt")
-    with torch.no_grad():
-        out = model(pixel_values=items[0]["image"][None], **{k: tokens[k] for k in ("input_ids", "attention_mask")})
-        module.eval()
-        own = [module.embed_images(items[0]["image"][None]), module.embed_text([items[0]["caption"]])]
-    for value, wanted in zip((out.image_embeds, out.text_embeds), own, strict=True):
-        assert torch.allclose(value, F.normalize(wanted, dim=-1), atol=1e-5)
 
 
 def test_text_to_image_is_judged_twice_with_the_same_result(clip_folder: Path) -> None:

@@ -1,3 +1,5 @@
+"""EcoDiff under the contract; its formulas are tested in the files ``test_ecodiff_*`` beside this one."""
+
 from __future__ import annotations
 
 from typing import Any, ClassVar
@@ -6,7 +8,7 @@ from safelight.testing.contracts import MethodContract
 from safelight.testing.pipelines import pipeline_folder
 
 
-class Contract(MethodContract):
+class TestContract(MethodContract):
     method = "ecodiff"
     opens_with = """
 import json, sys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ for _name, _value in {
 pytest.register_assert_rewrite("safelight.testing.contracts")
 
 TESTS = Path(__file__).parent
+PLUGIN = "hydra.searchpath=[pkg://toy_plugin.configs]"
 sys.path.insert(0, str(TESTS))
 
 _ORIGINAL = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
@@ -70,3 +72,46 @@ def clean_run_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAFELIGHT_RUN_DIR", "")
     for name in ("SAFELIGHT_RUN_DIR", "LOCAL_RANK", "RANK", "SLURM_PROCID", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a user, who keeps one file in it."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command line that must be refused, and checks the manners that all refusals share.
+
+    By default one of ``train.py``, with the toy plug-in at hand; ``main`` takes another program. Returns the message.
+    """
+
+    def run(*arguments: str, words: tuple[str, ...] = (), main: Callable[[list[str]], int] | None = None) -> str:
+        # Not before the environment above is set; and app is all that a refused command line may need.
+        from safelight.cli import app
+
+        before = tree(here)
+        status = main(list(arguments)) if main else app.train_main([PLUGIN, *arguments])
+        captured = capsys.readouterr()
+        message = captured.err
+        assert status == 2
+        # What only shows when the pieces are built comes after the one line that says where they are put.
+        assert re.fullmatch(r"(run folder: .*\n)?", captured.out)
+        assert "Traceback" not in message
+        assert 1 <= len(message.splitlines()) <= 15, message
+        assert "\x1b" not in message
+        for word in words:
+            assert word in message, message
+        assert tree(here) == before
+        return message
+
+    return run

@@ -8,27 +8,22 @@ cannot), and all mistakes reported together instead of the first one as a traceb
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from safelight.cli import choosing, plugins
-from safelight.cli.crosschecks import TARGET, batch_divisor
-from safelight.cli.problems import ConfigError, Problem, did_you_mean
-from safelight.cli.signatures import signature_of
-from safelight.cli.validation import BACKBONE, validate
+from safelight.cli import choosing, hydra_files
+from safelight.cli.crosschecks import batch_divisor
+from safelight.cli.hydra_files import CompositionError
+from safelight.cli.keys import checked_key
+from safelight.cli.problems import ConfigError, Problem
+from safelight.cli.validation import validate
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
-
-SHIPPED = "pkg://safelight.configs"
 
 
 @dataclass
@@ -109,7 +104,7 @@ def compose_all(overrides: Sequence[str]) -> Composed:
     result = Composed(overrides=list(overrides))
     parsed = parse(overrides, result)
     try:
-        loader = _loader(tuple(_searchpath(parsed)))
+        loader = hydra_files.loader_over(tuple(_searchpath(parsed)))
     except SafelightError as error:
         words = [str(o.input_line) for o in parsed if o.key_or_group == "hydra.searchpath"]
         result.problems.append(Problem("hydra.searchpath", str(error), typed=words[-1] if words else None))
@@ -119,10 +114,10 @@ def compose_all(overrides: Sequence[str]) -> Composed:
     settings = choosing.stored_settings(folder, result.problems) if folder else {}
 
     def with_groups(words: Sequence[str]) -> DictConfig:
-        loaded = _load(loader, words)
+        loaded = hydra_files.load(loader, words)
         if folder:
             choosing.use_folder_as_backbone(loaded, folder, settings)
-        _resolved(loaded)
+        hydra_files.resolved(loaded)
         return loaded
 
     try:
@@ -130,13 +125,15 @@ def compose_all(overrides: Sequence[str]) -> Composed:
     except CompositionError as error:
         result.problems.append(_blame(error, groups, with_groups, overrides))
         return result
-    result.defaults = _resolved(base)
+    result.defaults = hydra_files.resolved(base)
     checked = [typed for override in values if (typed := checked_key(override, result.defaults, result)) is not None]
     try:
-        final = _with_values(base, checked)
-        result.config = _resolved(final)
+        final = hydra_files.with_values(base, checked)
+        result.config = hydra_files.resolved(final)
     except CompositionError as error:
-        problem = _blame(error, checked, lambda words: _resolved(_with_values(base, words)), overrides)
+        problem = _blame(
+            error, checked, lambda words: hydra_files.resolved(hydra_files.with_values(base, words)), overrides
+        )
         result.problems.append(problem)
         return result
     from omegaconf import OmegaConf
@@ -194,7 +191,7 @@ def resolve(template: Mapping[str, Any], changes: Mapping[str, Any] | None = Non
             OmegaConf.update(config, key, value, merge=False, force_add=True)
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise CompositionError(_one_line(error), getattr(error, "full_key", None)) from error
+        raise CompositionError(hydra_files.one_line(error), getattr(error, "full_key", None)) from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -244,7 +241,7 @@ def _as_typed(value: Any) -> str:
 
 def options(group: str, searchpath: Sequence[str] = ()) -> list[str]:
     """Names one can write after ``group=``."""
-    return sorted(_loader(tuple(searchpath)).get_group_options(group))
+    return sorted(hydra_files.loader_over(tuple(searchpath)).get_group_options(group))
 
 
 def parse(overrides: Sequence[str], result: Composed) -> list[Override]:
@@ -312,100 +309,6 @@ def _searchpath(parsed: Sequence[Override]) -> list[str]:
     return list(dict.fromkeys(places))
 
 
-@cache
-def _loader(extra: tuple[str, ...]) -> ConfigLoaderImpl:
-    """Hydra's loader over the shipped configs, installed plug-ins and ``extra`` folders, in this order."""
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.utils import create_config_search_path
-
-    path = create_config_search_path(SHIPPED)
-    schema = path.get_path().pop(-1)
-    for plugin in plugins.usable():
-        path.append(provider=plugin.name, path=f"pkg://{plugin.configs}")
-    for place in extra:
-        scheme, found, _ = place.partition("://")
-        if found and scheme not in ("pkg", "file"):
-            raise SafelightError(f"{place!r} begins with {scheme}://; a place is a folder or pkg://<package>")
-        path.append(provider="hydra.searchpath", path=place)
-    path.append(schema.provider, schema.path)
-    loader = ConfigLoaderImpl(config_search_path=path)
-    for source in loader.repository.get_sources():
-        if source.provider == "hydra.searchpath" and not source.available():
-            raise SafelightError(f"there is no folder or package {source.path!r} with configs")
-    return loader
-
-
-class CompositionError(SafelightError):
-    """Hydra or OmegaConf could not make a configuration of what they were given.
-
-    Attributes:
-        key: the configuration key it is about, or None.
-    """
-
-    def __init__(self, message: str, key: str | None = None) -> None:
-        super().__init__(message)
-        self.key = key
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """One exception for everything that Hydra, OmegaConf and YAML raise."""
-    import yaml
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        yield
-    except yaml.YAMLError as error:
-        raise CompositionError(f"a configuration file is not valid YAML: {_one_line(error)}") from error
-    except UnicodeDecodeError as error:
-        raise CompositionError(f"a configuration file is not text in UTF-8 ({error})") from error
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
-        # Hydra itself raises plain ValueErrors, and stumbles in other ways over files that are not mappings.
-        text = _one_line(error).partition(" Config search path:")[0]
-        raise CompositionError(text, getattr(error, "full_key", None)) from error
-
-
-def _load(loader: ConfigLoaderImpl, groups: Sequence[str]) -> DictConfig:
-    """What the files say for a choice of groups."""
-    from hydra.types import RunMode
-    from omegaconf import OmegaConf, open_dict
-
-    with _translated():
-        config = loader.load_configuration("train", list(groups), run_mode=RunMode.RUN, from_shell=False)
-        choices = {str(k): v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
-        with open_dict(config):
-            del config["hydra"]
-            config.choices = {key: value for key, value in choices.items() if "@" not in key}
-        OmegaConf.set_struct(config, False)
-        return config
-
-
-def _with_values(base: DictConfig, words: Sequence[str]) -> DictConfig:
-    """A copy with value overrides applied, as Hydra does it last."""
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    config = deepcopy(base)
-    with _translated():
-        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(list(words)), config)
-    return config
-
-
-def _resolved(config: DictConfig) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    with _translated():
-        resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
-    return {str(name): value for name, value in resolved.items()}
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if not line.strip().startswith(("full_key:", "object_type="))]
-    return " ".join(" ".join(lines).split())
-
-
 def _blame(
     error: CompositionError, words: Sequence[str], load: Callable[[Sequence[str]], Any], overrides: Sequence[str]
 ) -> Problem:
@@ -418,67 +321,3 @@ def _blame(
         typed = next((each for each in overrides if each.lstrip("+") == word.lstrip("+")), None)
         return Problem(word.lstrip("+").partition("=")[0], str(error), typed=typed)
     return Problem(error.key or "config", str(error))
-
-
-def checked_key(override: Override, base: Mapping[str, Any], result: Composed) -> str | None:
-    """The override ready for Hydra, or None (and a problem) when its key leads nowhere."""
-    typed = str(override.input_line)
-    if override.is_delete():
-        return typed
-    forced = f"++{typed.lstrip('+')}"
-    parts = override.key_or_group.split(".")
-    node: Any = base
-    for depth, part in enumerate(parts):
-        if not isinstance(node, dict):
-            where = ".".join(parts[:depth])
-            text = f"{where} is a single value, {override.key_or_group!r} leads nowhere"
-            result.problems.append(Problem(typed, text, typed=typed))
-            return None
-        names = _names(node, parts[:depth])
-        if names and part not in names:
-            _unknown_key(override, parts[: depth + 1], names, result)
-            return None
-        inner = node.get(part, {})
-        if TARGET in node and not (isinstance(inner, dict) and TARGET in inner):
-            # An argument that the constructor takes whole: its own check decides about what is inside.
-            return forced
-        node = inner
-    return forced
-
-
-def _names(node: Mapping[str, Any], where: Sequence[str]) -> list[str]:
-    """Keys that may stand in a block: those in the YAML files and the parameters of the class it names."""
-    names = [str(key) for key in node if where or key != "choices"]
-    if TARGET in node:
-        try:
-            signature = signature_of(str(node[TARGET]))
-        except SafelightError:
-            return names
-        names += [name for name in signature.parameters if name not in names]
-    elif list(where) == ["backbone"]:
-        names += [name for name in signature_of(BACKBONE).parameters if name not in names]
-    return names
-
-
-def _unknown_key(override: Override, parts: Sequence[str], names: Sequence[str], result: Composed) -> None:
-    typed = str(override.input_line)
-    where = ".".join(parts[:-1])
-    if not where and parts[-1] in choosing.GROUPS:
-        text = f"there is no {parts[-1]} to choose from here"
-        result.problems.append(Problem(typed, text, typed=typed))
-        return
-    if not where:
-        # `lr=1` typed without its block is the commonest slip of all.
-        inside = result.defaults.get("method")
-        if isinstance(inside, dict) and parts[-1] in _names(inside, ["method"]):
-            fix = f"method.{typed}"
-            result.problems.append(Problem(typed, f"there is no key {parts[-1]!r}; did you mean {fix!r}?", typed, fix))
-            return
-    visible = [name for name in names if name != TARGET]
-    hint, guess = did_you_mean(parts[-1], visible)
-    fix = ""
-    if guess:
-        old, new = ".".join(parts), ".".join([*parts[:-1], guess])
-        fix = typed.replace(old, new, 1)
-    subject = f"{where} has no {parts[-1]!r}" if where else f"there is no key {parts[-1]!r}"
-    result.problems.append(Problem(typed, f"{subject}; {hint}", typed=typed, fix=fix))

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from safelight.cli import building, composing, ending, folders, running
+from safelight.cli.hydra_files import CompositionError
+from safelight.cli.keys import checked_key
 from safelight.cli.places import why_unwritable
 from safelight.cli.problems import ConfigError, Problem, did_you_mean
 from safelight.cli.validation import validate
@@ -152,12 +154,12 @@ def evaluation_config(template: Mapping[str, Any], overrides: Sequence[str]) -> 
         if override.key_or_group == "method":
             text = "the method is the checkpoint's; train another one with train.py"
             composed.problems.append(Problem("method", text, typed=str(override.input_line)))
-        elif composing.checked_key(override, base, composed) is not None:
+        elif checked_key(override, base, composed) is not None:
             changes[override.key_or_group] = override.value()
     problems += composed.problems
     try:
         config = composing.resolve(merged, changes)
-    except composing.CompositionError as error:
+    except CompositionError as error:
         typed = next((o for o in values if o.lstrip("+").partition("=")[0] == error.key), None)
         raise ConfigError([*problems, Problem(error.key or "config", str(error), typed=typed)]) from error
     problems += composing.explain(composed, validate(config))

@@ -176,7 +176,7 @@ def _neighbour_hint(folder: Path) -> str:
 
 
 def _stored_settings(folder: Path | None) -> dict[str, Any]:
-    from safelight.generators.base import SETTINGS_FILE
+    from safelight.generators.saving import SETTINGS_FILE
 
     file = folder / SETTINGS_FILE if folder is not None else None
     if file is None or not file.is_file():

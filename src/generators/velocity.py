@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.generators.base import Conditioning, Generator
+from safelight.generators.saving import save_settings
 
 
 class VelocityGenerator(Generator):
@@ -103,7 +104,7 @@ class VelocityGenerator(Generator):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(denoiser or self.denoiser, str(folder / "model.safetensors"))
-        self._save_settings(folder)
+        save_settings(self, folder)
 
     def _latent_shape(self) -> tuple[int, ...]:
         return self._shape

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
+from safelight.reporting import write_model_card
 
 if TYPE_CHECKING:
+    from safelight.generators import Generator
     from safelight.reporting import Report
 
 
@@ -29,6 +32,9 @@ class SafelightModule(LightningModule):
         paper_numbers: the paper's figures by metric name, ``{"value": ..., "source": ...}``.
         monitor: what ``best.ckpt`` is chosen by, or None to keep only the last.
         monitor_mode: whether a smaller or a larger monitored value is better.
+        run_facts: what the command line tells about the run before ``export`` and ``fill_report``: ``command``,
+            ``eval_command``, ``method``, ``backbone``, ``data``, ``seed``, ``metrics`` and ``controls``; empty in a run
+            of one's own.
     """
 
     frozen: ClassVar[tuple[str, ...]] = ()
@@ -38,6 +44,7 @@ class SafelightModule(LightningModule):
     paper_numbers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     monitor: ClassVar[str | None] = None
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+    run_facts: Mapping[str, Any] = MappingProxyType({})
 
     if TYPE_CHECKING:
 
@@ -128,6 +135,36 @@ class SafelightModule(LightningModule):
             The artefact: ``folder`` or something inside it.
         """
         raise SafelightError(f"{type(self).__name__} has nothing to export")
+
+    def write_card(
+        self, folder: Path, *, title: str, command: str, data: str, base: Generator | None = None, **further: Any
+    ) -> Path:
+        """Write the model card of an artefact: what the run knows about itself, and what the method says here.
+
+        Args:
+            folder: of the artefact.
+            title: heading of the card.
+            command: what to state as the command where no command line started the run.
+            data: what it was trained on, in words; ``{data}`` in it becomes the name of the run's data.
+            base: the model it was made from, which decides about the licence; None for one trained from nothing.
+            further: other arguments of :func:`safelight.reporting.write_model_card`.
+
+        Returns:
+            The card's file.
+        """
+        further.setdefault("licence", "apache-2.0")
+        if base is not None:
+            further["base_model"] = str(base.source or base.name)
+            if not str(base.name).startswith("tiny_"):
+                further["licence"] = "that of the base model"
+        return write_model_card(
+            folder,
+            title=title,
+            command=self.run_facts.get("command") or command,
+            data=data.format(data=self.run_facts.get("data") or "given"),
+            metrics=self.run_facts.get("metrics", {}),
+            **further,
+        )
 
     def fill_report(self, report: Report) -> None:
         """Add this method's tables, pictures and curves to the report of a run."""

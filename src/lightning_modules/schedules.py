@@ -1,8 +1,14 @@
-"""Learning-rate schedules as plain functions of the step."""
+"""Learning-rate schedules as plain functions of the step, and the optimiser that most methods use with them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
@@ -11,3 +17,28 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(total - warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def adamw_warmup_cosine(
+    module: LightningModule,
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> OptimizerLRScheduler:
+    """AdamW with linear warm-up and cosine decay to 0 at the last step of the run; for ``configure_optimizers``.
+
+    Args:
+        module: about to be trained; its trainer says how many optimiser steps the run has.
+        parameters: what is trained.
+        lr: peak learning rate.
+        warmup_steps: optimiser steps of linear warm-up.
+        weight_decay: decoupled weight decay.
+        betas: of AdamW.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas)
+    total = max(int(module.trainer.estimated_stepping_batches), 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, total))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

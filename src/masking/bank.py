@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.masking import gates as formulas
+from safelight.masking.features import spread
 from safelight.masking.gates import Mode, Penalty
-from safelight.masking.units import Kind, Price, Site, UnitSpec, check_names
+from safelight.masking.units import Kind, Price, UnitSpec, check_names
 
 if TYPE_CHECKING:
     from safelight.masking.compensation import Compensation
@@ -219,21 +220,8 @@ class MaskBank(nn.Module):
         self._features, self._corrected = {}, {}
         if not self._handles:
             return
-        pieces: dict[tuple[str, str], list[tuple[Site, Tensor]]] = defaultdict(list)
-        for name, gate in self.current.items():
-            spec = self.specs[name]
-            repeated = gate.repeat_interleave(spec.group) if spec.group > 1 else gate
-            for site in spec.sites:
-                pieces[site.module, site.side].append((site, repeated))
-        for key, parts in pieces.items():
-            row: list[Tensor] = []
-            at = 0
-            for site, gate in sorted(parts, key=lambda part: part[0].start):
-                row += [gate.new_ones(site.start - at), gate]
-                at = site.start + len(gate)
-            row.append(row[-1].new_ones(_width(self._linears[key], key[1]) - at))
-            row = [part for part in row if len(part)]
-            features = row[0] if len(row) == 1 else torch.cat(row)
+        widths = {key: _width(linear, key[1]) for key, linear in self._linears.items()}
+        for key, features in spread(self.current, self.specs.values(), widths).items():
             if self.compensation is not None and key[1] == "in":
                 self._corrected[key] = self.compensation.corrected(key[0], features)
             else:

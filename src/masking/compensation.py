@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.masking.correction import gram_bytes, input_grams
+from safelight.masking.features import spread, unit_numbers
 from safelight.masking.units import UnitSpec, check_names
 
 
@@ -57,6 +58,9 @@ class Compensation:
             )
         self.linears = {path: cast(nn.Linear, denoiser.get_submodule(path)) for path in paths}
         self.grams = input_grams(denoiser, paths, run)
+        # As wide as the Gram matrices: the column of ones that stands for a bias always stays.
+        self._widths = {(path, "in"): len(gram) for path, gram in self.grams.items()}
+        self._units = unit_numbers(self.specs, self._widths)
         self.exchange: dict[str, Tensor] = {}  # B - 1: what comes in place of each feature, less the feature
 
     @torch.no_grad()
@@ -70,22 +74,12 @@ class Compensation:
             SafelightError: a name is unknown or a length differs, or a system is singular for want of ridge.
         """
         check_names(masks, self.specs)
-        kept: dict[str, Tensor] = {}
-        unit: dict[str, Tensor] = {}  # first feature of the unit that a feature belongs to
-        for spec in self.specs:
-            mask = masks.get(spec.name, torch.ones(spec.n_units, dtype=torch.bool))
-            for site in spec.sites:
-                if site.side != "in":
-                    continue
-                width = len(self.grams[site.module])
-                features = slice(site.start, site.start + spec.n_units * spec.group)
-                stays = kept.setdefault(site.module, torch.ones(width, dtype=torch.bool))
-                stays[features] = mask.bool().cpu().repeat_interleave(spec.group)
-                numbers = unit.setdefault(site.module, torch.arange(width))
-                numbers[features] = numbers[features][:: spec.group].repeat_interleave(spec.group)
+        kept = spread({name: mask.bool().cpu() for name, mask in masks.items()}, self.specs, self._widths)
         for path, gram in self.grams.items():
             linear = self.linears[path]
-            fill = _fill(gram, kept[path], unit[path], linear.in_features, self.ridge)
+            key = path, "in"
+            stays = kept[key] if key in kept else torch.ones(len(gram), dtype=torch.bool)
+            fill = _fill(gram, stays, self._units[key], linear.in_features, self.ridge)
             fill.diagonal().sub_(1)
             self.exchange[path] = fill.to(torch.promote_types(linear.weight.dtype, torch.float32))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
+from safelight.masking.features import spread
 from safelight.masking.removal import fold
 from safelight.masking.units import specs_for
 
@@ -194,14 +195,11 @@ def _correct_in_order(
 
 def _kept_features(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Consuming Linear to the indices of the input features that stay."""
-    whole: dict[str, Tensor] = {}
-    for spec in specs_for(denoiser, masks):
-        features = masks[spec.name].bool().cpu().repeat_interleave(spec.group)
-        for site in spec.sites:
-            if site.side == "in":
-                mask = whole.setdefault(site.module, torch.ones(_linear(denoiser, site.module).in_features).bool())
-                mask[site.start : site.start + len(features)] = features
-    return {path: mask.nonzero()[:, 0].to(_linear(denoiser, path).weight.device) for path, mask in whole.items()}
+    specs = specs_for(denoiser, masks)
+    paths = [site.module for spec in specs for site in spec.sites if site.side == "in"]
+    widths = {(path, "in"): _linear(denoiser, path).in_features for path in paths}
+    whole = spread({name: mask.bool().cpu() for name, mask in masks.items()}, specs, widths)
+    return {path: mask.nonzero()[:, 0].to(_linear(denoiser, path).weight.device) for (path, _), mask in whole.items()}
 
 
 def _groups(denoiser: nn.Module, paths: list[str], memory_bytes: int) -> Iterator[list[str]]:

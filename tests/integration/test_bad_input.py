@@ -6,7 +6,6 @@ that a misspelt word never waits for torch. Damaged files are in ``test_bad_file
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -206,6 +205,13 @@ WATCHED = (
 )
 
 
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """An interpreter of its own in a folder; the environment is that of ``clean_run_environment``."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "word"),
     [
@@ -216,22 +222,14 @@ WATCHED = (
     ],
 )
 def test_real_processes(here: Path, main: str, arguments: list[str], word: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "SAFELIGHT_RUN_DIR"}
-    done = subprocess.run(
-        [sys.executable, "-c", WATCHED.format(main, arguments)], cwd=here, env=environment, capture_output=True,
-        text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stdout == "False\n"
+    done = run_python(here, "-c", WATCHED.format(main, arguments))
+    assert (done.returncode, done.stdout) == (2, "False\n")
     assert word in done.stderr
     assert len(done.stderr.splitlines()) <= 15
     assert [(entry.name, entry.read_text()) for entry in here.iterdir()] == [("mine.txt", "mine")]
 
 
 def test_the_script_itself(here: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train.py"), "method=ecodif"], cwd=here, capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
+    done = run_python(here, str(REPOSITORY / "train.py"), "method=ecodif")
     assert (done.returncode, done.stdout) == (2, "")
     assert "did you mean 'ecodiff'" in done.stderr

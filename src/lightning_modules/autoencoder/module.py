@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.randomness import normal, row_generators
-from safelight.lightning_modules.schedules import warmup_cosine
+from safelight.lightning_modules.schedules import adamw_warmup_cosine
 from safelight.metrics import SampleMean
-from safelight.reporting import write_model_card
 
 
 def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -176,12 +175,9 @@ class Autoencoder(SafelightModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with linear warm-up and cosine decay over the whole run."""
-        optimizer = torch.optim.AdamW(self.autoencoder.parameters(), lr=self.lr, weight_decay=1e-4)
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total)
+        return adamw_warmup_cosine(
+            self, self.autoencoder.parameters(), lr=self.lr, warmup_steps=self.warmup_steps, weight_decay=1e-4
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def export(self, folder: Path) -> Path:
         """Write the autoencoder as a diffusers folder with its card, its latents whitened."""
@@ -190,14 +186,11 @@ class Autoencoder(SafelightModule):
         model.load_state_dict(self.autoencoder.state_dict())
         whiten_latents(model.cpu(), self.latent_mean.cpu(), std.cpu())
         model.save_pretrained(folder)
-        facts = getattr(self, "run_facts", {})
-        write_model_card(
+        self.write_card(
             folder,
             title="Autoencoder",
-            command=facts.get("command") or "python train.py method=autoencoder",
-            data=f"pictures of the data set `{facts.get('data') or 'given'}`",
-            metrics=facts.get("metrics", {}),
-            licence="apache-2.0",
+            command="python train.py method=autoencoder",
+            data="pictures of the data set `{data}`",
             library_name="diffusers",
             text="The channels of the latents have mean 0 and variance 1 on the training pictures.",
             usage='from diffusers import AutoencoderKL\n\nautoencoder = AutoencoderKL.from_pretrained(".")\n',

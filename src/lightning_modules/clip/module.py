@@ -17,9 +17,8 @@ from safelight import zoo
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.clip.losses import contrastive_loss
 from safelight.lightning_modules.randomness import normal, row_generators, step_generator, uniform
-from safelight.lightning_modules.schedules import warmup_cosine
+from safelight.lightning_modules.schedules import adamw_warmup_cosine
 from safelight.metrics import ConceptAccuracy
-from safelight.reporting import write_model_card
 
 MAX_LOGIT_SCALE = 100.0
 """Upper bound of the learned similarity multiplier (arXiv 2103.00020, section 2.5)."""
@@ -127,14 +126,14 @@ class Clip(SafelightModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with linear warm-up and cosine decay over the whole run."""
-        optimizer = torch.optim.AdamW(
-            self.clip.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98)
+        return adamw_warmup_cosine(
+            self,
+            self.clip.parameters(),
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            betas=(0.9, 0.98),
         )
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_test_start(self) -> None:
         """Fresh counts, and an untrained model of the same architecture as control."""
@@ -181,14 +180,11 @@ class Clip(SafelightModule):
         """Write model and processor as a transformers folder with its card."""
         self.clip.save_pretrained(folder)
         CLIPProcessor.from_pretrained(self.folder).save_pretrained(folder)
-        facts = getattr(self, "run_facts", {})
-        write_model_card(
+        self.write_card(
             folder,
             title="CLIP",
-            command=facts.get("command") or "python train.py method=clip",
-            data=f"pictures and captions of the data set `{facts.get('data') or 'given'}`",
-            metrics=facts.get("metrics", {}),
-            licence="apache-2.0",
+            command="python train.py method=clip",
+            data="pictures and captions of the data set `{data}`",
             library_name="transformers",
             pipeline_tag="zero-shot-image-classification",
             usage='from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained(".")\n'

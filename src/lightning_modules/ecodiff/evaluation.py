@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safelight.generators import Conditioning, Generator
+from safelight.masking import UnitSpec, prunable_params, removed_params
 from safelight.metrics import SSIM, ClipJudge, ConceptAccuracy, LatentError
 from safelight.metrics.cost import cost_report
 
@@ -99,15 +100,39 @@ def measure(
 
 
 @torch.no_grad()
-def compare_cost(
-    dense: Generator, pruned: Generator, batch: HeldOutBatch, prunable: dict[str, tuple[int, int]], rows: int = 4
-) -> dict[str, Any]:
-    """Parameters, FLOPs, latency and memory of one denoiser call, dense next to pruned."""
+def add_cost(
+    result: Measured,
+    dense: Generator,
+    pruned: Generator,
+    batch: HeldOutBatch,
+    masks: Mapping[str, Tensor],
+    specs: Sequence[UnitSpec],
+    rows: int = 4,
+) -> None:
+    """Add parameters, FLOPs, latency and memory of one denoiser call, dense next to pruned, to what was measured.
+
+    Args:
+        result: gets ``cost``, and the metrics ``keep_params``, ``flops_ratio`` and ``latency_ratio``.
+        dense: the dense model.
+        pruned: the same without the masked units.
+        batch: where noise and conditioning are taken from.
+        masks: layer to boolean ``(n_units,)``, true for units that stayed.
+        specs: all layers.
+        rows: samples per call.
+    """
     noise, cond = batch.noise[:rows], {key: value[:rows] for key, value in batch.cond.items()}
-    return cost_report(
+    prunable: dict[str, tuple[int, int]] = {}
+    for kind in dict.fromkeys(spec.kind for spec in specs):
+        of_kind = [spec for spec in specs if spec.kind == kind]
+        whole = prunable_params(of_kind)
+        prunable[kind] = (whole, whole - removed_params({spec.name: masks[spec.name] for spec in of_kind}, of_kind))
+    result.cost = cost_report(
         lambda: dense.predict(noise, 0, cond),
         lambda: pruned.predict(noise, 0, cond),
         dense.denoiser,
         pruned.denoiser,
         prunable=prunable,
     )
+    result.metrics["keep_params"] = 1 - removed_params(masks, specs) / prunable_params(specs)
+    result.metrics["flops_ratio"] = result.cost["ratio"]["flops"]
+    result.metrics["latency_ratio"] = result.cost["ratio"]["latency"]

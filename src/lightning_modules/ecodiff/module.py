@@ -18,19 +18,11 @@ from safelight.errors import SafelightError
 from safelight.generators import Generator, load_generator
 from safelight.generators.targets import DenseTargets, check_batch
 from safelight.lightning_modules.base import SafelightModule
-from safelight.lightning_modules.ecodiff.evaluation import HeldOutBatch, Measured, compare_cost, mean_of, measure
+from safelight.lightning_modules.ecodiff.evaluation import HeldOutBatch, Measured, add_cost, mean_of, measure
 from safelight.lightning_modules.ecodiff.objective import SparsityTarget, final_latent_loss, per_step_loss
-from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, prune
+from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, first_pairs, prune
 from safelight.lightning_modules.randomness import step_seed
-from safelight.masking import (
-    Compensation,
-    MaskBank,
-    find_units,
-    harden,
-    prunable_params,
-    removed_params,
-    save_masks,
-)
+from safelight.masking import Compensation, MaskBank, find_units, harden, save_masks
 from safelight.metrics import ClipJudge
 
 _COMMON = ("keep_params", "latent_mse_median", "latent_mse_mean", "ssim", "clip_accuracy", "clip_accuracy_dense")
@@ -345,16 +337,7 @@ class EcoDiff(SafelightModule):
     ) -> Measured:
         """All metrics of one pruned model."""
         result = measure(smaller, self._held_out, judge, concepts)
-        prunable: dict[str, tuple[int, int]] = {}
-        for kind in dict.fromkeys(spec.kind for spec in self.specs):
-            specs = [spec for spec in self.specs if spec.kind == kind]
-            whole = prunable_params(specs)
-            own = {spec.name: masks[spec.name] for spec in specs}
-            prunable[kind] = (whole, whole - removed_params(own, specs))
-        result.cost = compare_cost(self.generator, smaller, self._held_out[0], prunable)
-        result.metrics["keep_params"] = 1 - removed_params(masks, self.specs) / prunable_params(self.specs)
-        result.metrics["flops_ratio"] = result.cost["ratio"]["flops"]
-        result.metrics["latency_ratio"] = result.cost["ratio"]["latency"]
+        add_cost(result, self.generator, smaller, self._held_out[0], masks, self.specs)
         return result
 
     # -- what is left behind -----------------------------------------------------------------------------------------
@@ -405,25 +388,3 @@ class EcoDiff(SafelightModule):
         masked = self.generator.decode(self.generator.rollout(noise, cond))
         self.bank.set_gates(before)
         writer.add_images("dense above, hardened below", torch.cat([dense, masked]).clamp(0, 1), step)
-
-
-def first_pairs(loader: Any, count: int) -> list[tuple[str, int]]:
-    """The first (prompt, seed) pairs of a loader's data set: the same on every rank, whatever the order of training.
-
-    Raises:
-        SafelightError: the data set cannot be indexed.
-    """
-    data: Any = getattr(loader, "dataset", None)
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise SafelightError(
-            "train_dataloader: its data set has no __getitem__ and __len__, so there are no fixed samples to calibrate"
-        )
-    pairs: list[tuple[str, int]] = []
-    for i in range(len(data)):
-        if len(pairs) >= count:
-            break
-        item = data[i]
-        if isinstance(item, dict) and isinstance(item.get("prompt"), str):
-            item = {key: [value] for key, value in item.items()}
-        pairs += zip(*check_batch(item), strict=True)
-    return pairs[:count]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from safelight.errors import SafelightError
 from safelight.generators import Conditioning, Generator
+from safelight.generators.targets import check_batch
 from safelight.masking import (
     MaskBank,
     UnitSpec,
@@ -56,6 +59,28 @@ class Calibration:
                 generator.predict(z, i, cond)
 
         return run
+
+
+def first_pairs(loader: Any, count: int) -> list[tuple[str, int]]:
+    """The first (prompt, seed) pairs of a loader's data set: the same on every rank, whatever the order of training.
+
+    Raises:
+        SafelightError: the data set cannot be indexed.
+    """
+    data: Any = getattr(loader, "dataset", None)
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise SafelightError(
+            "train_dataloader: its data set has no __getitem__ and __len__, so there are no fixed samples to calibrate"
+        )
+    pairs: list[tuple[str, int]] = []
+    for i in range(len(data)):
+        if len(pairs) >= count:
+            break
+        item = data[i]
+        if isinstance(item, dict) and isinstance(item.get("prompt"), str):
+            item = {key: [value] for key, value in item.items()}
+        pairs += zip(*check_batch(item), strict=True)
+    return pairs[:count]
 
 
 def one_shot_scores(generator: Generator, specs: Sequence[UnitSpec], calibration: Calibration) -> dict[str, Tensor]:

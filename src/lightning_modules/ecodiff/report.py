@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelight.metrics.cost import cost_rows
-from safelight.reporting import Claim, Tile, write_model_card
+from safelight.reporting import Claim, Tile
 
 if TYPE_CHECKING:
     from safelight.lightning_modules.ecodiff.module import EcoDiff
@@ -139,16 +139,12 @@ def claim(module: EcoDiff) -> Claim:
 
 def write_card(module: EcoDiff, folder: Path) -> None:
     """Model card of the pruned pipeline."""
-    facts = getattr(module, "run_facts", {})
-    source = module.generator.source or module.generator.name
-    write_model_card(
+    module.write_card(
         folder,
         title=f"{module.generator.name}, pruned by EcoDiff",
-        command=facts.get("command") or "python train.py method=ecodiff",
+        command="python train.py method=ecodiff",
         data=f"{len(module.calibration_pairs)} calibration prompts; targets are the dense model's own latents",
-        metrics=facts.get("metrics", {}),
-        licence="apache-2.0" if str(module.generator.name).startswith("tiny_") else "that of the base model",
-        base_model=str(source),
+        base=module.generator,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["pruning", "ecodiff"],

@@ -18,7 +18,7 @@ from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.heal.lora import add_lora, lora_parameters, lora_targets
 from safelight.lightning_modules.heal.objective import denoising_loss, final_loss, step_loss
 from safelight.lightning_modules.randomness import normal, row_generator, step_generator, step_seed, uniform
-from safelight.lightning_modules.schedules import warmup_cosine
+from safelight.lightning_modules.schedules import adamw_warmup_cosine
 from safelight.masking import find_units, harden, magnitude_scores, remove, save_pruned
 from safelight.metrics import SSIM, LatentError
 
@@ -133,12 +133,9 @@ class Heal(SafelightModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the adapters with linear warm-up and cosine decay over the whole run."""
-        optimizer = torch.optim.AdamW(self.lora.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total)
+        return adamw_warmup_cosine(
+            self, self.lora.parameters(), lr=self.lr, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- testing -----------------------------------------------------------------------------------------------------
 

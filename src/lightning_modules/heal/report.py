@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.reporting import Tile, write_model_card
+from safelight.reporting import Tile
 
 if TYPE_CHECKING:
     from safelight.lightning_modules.heal.module import Heal
@@ -85,18 +85,15 @@ def fill(module: Heal, report: Report) -> None:
 
 def write_cards(module: Heal, folder: Path) -> None:
     """Model cards of the adapter and, where there is one, of the healed pipeline."""
-    facts = getattr(module, "run_facts", {})
     name = module.teacher.name
     common: dict[str, Any] = {
-        "command": facts.get("command") or "python train.py method=heal",
-        "data": f"calibration prompts of `{facts.get('data') or 'given'}`; targets are the dense model's own latents",
-        "metrics": facts.get("metrics", {}),
-        "licence": "apache-2.0" if str(name).startswith("tiny_") else "that of the base model",
-        "base_model": str(module.teacher.source or name),
+        "command": "python train.py method=heal",
+        "data": "calibration prompts of `{data}`; targets are the dense model's own latents",
+        "base": module.teacher,
         "tags": ["pruning", "lora"],
     }
     base = "../pruned" if module.pruned_here else "<the pruned denoiser's folder>"
-    write_model_card(
+    module.write_card(
         folder / "adapter",
         title=f"LoRA for a pruned {name}",
         library_name="peft",
@@ -109,7 +106,7 @@ def write_cards(module: Heal, folder: Path) -> None:
     if module.student.pipeline is None:
         return
     part = "unet" if hasattr(module.student.pipeline, "unet") else "transformer"
-    write_model_card(
+    module.write_card(
         folder,
         title=f"{name}, pruned and healed",
         library_name="diffusers",

@@ -19,9 +19,8 @@ from safelight.generators import Conditioning, Generator, load_generator
 from safelight.generators.noising import denoising_loss, diffuse, flow_interpolate, logit_normal
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.randomness import normal, row_generators, uniform
-from safelight.lightning_modules.schedules import warmup_cosine
+from safelight.lightning_modules.schedules import adamw_warmup_cosine
 from safelight.metrics import ClipJudge, ConceptAccuracy, ShuffledAccuracy
-from safelight.reporting import write_model_card
 
 
 class TextToImage(SafelightModule):
@@ -174,14 +173,14 @@ class TextToImage(SafelightModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with linear warm-up and cosine decay over the whole run."""
-        optimizer = torch.optim.AdamW(
-            self.trained.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.99)
+        return adamw_warmup_cosine(
+            self,
+            self.trained.parameters(),
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            betas=(0.9, 0.99),
         )
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- testing -----------------------------------------------------------------------------------------------------
 
@@ -250,14 +249,11 @@ class TextToImage(SafelightModule):
             file = folder / part / "diffusion_pytorch_model.safetensors"
             if file.is_file():
                 save_file({key: value.half() for key, value in load_file(file).items()}, file)
-        facts = getattr(self, "run_facts", {})
-        write_model_card(
+        self.write_card(
             folder,
             title=self.generator.name,
-            command=facts.get("command") or "python train.py method=text_to_image",
-            data=f"pictures and captions of the data set `{facts.get('data') or 'given'}`",
-            metrics=facts.get("metrics", {}),
-            licence="apache-2.0",
+            command="python train.py method=text_to_image",
+            data="pictures and captions of the data set `{data}`",
             library_name="diffusers",
             pipeline_tag="text-to-image",
             text=f"Trained for {self.trainer.global_step if self._trainer else 0} steps.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,6 @@ from safelight.cli.problems import ConfigError, nearest
 
 PLUGIN = "hydra.searchpath=[pkg://toy_plugin.configs]"
 pytestmark = pytest.mark.usefixtures("clean_run_environment")
-
-
-def typed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a refused command line prints; checks the manners that all refusals share."""
-    assert app.train_main([PLUGIN, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    assert len(captured.err.splitlines()) <= 15
-    return captured.err
 
 
 def suggestion(message: str) -> str:
@@ -89,16 +80,13 @@ def test_compose_raises_all_problems_at_once() -> None:
         (["method=toy", "seed=1,2"], ["add -m"], "seed=1,2"),
     ],
 )
-def test_one_mistake(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str], fixed: str) -> None:
-    message = typed(capsys, *arguments)
-    assert "1 problem," in message
-    for word in words:
-        assert word in message
+def test_one_mistake(refused: Callable[..., str], arguments: list[str], words: list[str], fixed: str) -> None:
+    message = refused(*arguments, words=("1 problem,", *words))
     assert fixed in suggestion(message)
 
 
-def test_several_mistakes_are_shown_together_with_a_command_that_works(capsys: pytest.CaptureFixture[str]) -> None:
-    message = typed(capsys, "method=toi", "method.lrr=0.1", "method.keep=2", "data.batch_size=x", "trainer.max_step=3")
+def test_several_mistakes_are_shown_together_with_a_command_that_works(refused: Callable[..., str]) -> None:
+    message = refused("method=toi", "method.lrr=0.1", "method.keep=2", "data.batch_size=x", "trainer.max_step=3")
     assert "5 problems" in message
     command = suggestion(message)
     assert command.startswith("python train.py ")
@@ -107,21 +95,21 @@ def test_several_mistakes_are_shown_together_with_a_command_that_works(capsys: p
     assert app.train_main([*arguments, "--cfg", "job"]) == 0
 
 
-def test_fifteen_lines_however_many_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
-    message = typed(capsys, "method=toy", *[f"method.wrong{i}=1" for i in range(20)])
+def test_fifteen_lines_however_many_mistakes(refused: Callable[..., str]) -> None:
+    message = refused("method=toy", *[f"method.wrong{i}=1" for i in range(20)])
     assert "20 problems" in message
     assert "and 15 more" in message
 
 
-def test_a_value_that_spreads_is_reported_where_it_was_set(capsys: pytest.CaptureFixture[str]) -> None:
-    message = typed(capsys, "method=toy", "seed=abc")
+def test_a_value_that_spreads_is_reported_where_it_was_set(refused: Callable[..., str]) -> None:
+    message = refused("method=toy", "seed=abc")
     assert "1 problem," in message
     assert "seed=abc" in message
 
 
-def test_used_run_folder_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_used_run_folder_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
-    message = typed(capsys, "method=toy", f"run_dir={tmp_path}")
+    message = refused("method=toy", f"run_dir={tmp_path}")
     assert "holds an earlier run" in message
     assert "overwrite=true" in message
     assert (tmp_path / "summary.json").read_text() == "{}"

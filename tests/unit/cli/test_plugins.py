@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from safelight.cli import app, compose, composing, plugins
+from safelight.cli import app, compose, hydra_files, plugins
 from safelight.cli.composing import as_overrides
 from safelight.cli.helping import help_text
 from safelight.cli.problems import ConfigError
@@ -27,7 +27,7 @@ def install(folder: Path, name: str, package: str) -> None:
 
 def forget() -> None:
     plugins.installed.cache_clear()
-    composing._loader.cache_clear()
+    hydra_files.loader_over.cache_clear()
 
 
 @pytest.fixture

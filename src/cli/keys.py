@@ -34,6 +34,9 @@ def checked_key(override: Override, base: Mapping[str, Any], result: Composed) -
             return None
         names = _names(node, parts[:depth])
         if names and part not in names:
+            if depth == 1 and parts[0] in ("callbacks", "logger") and typed.startswith("+"):
+                # A block that is not ours; whether it names a class and what that takes is validated like the others.
+                return forced
             _unknown_key(override, parts[: depth + 1], names, result)
             return None
         inner = node.get(part, {})

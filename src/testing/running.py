@@ -119,11 +119,31 @@ def on_two_ranks(task: Callable[..., Any], *arguments: Any) -> list[Any]:
         task: a function or method that can be pickled; a ``Trainer(devices=2, strategy="ddp")`` in it joins the group.
         arguments: its arguments.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # Each waits for the other, so the pool cannot give both to one process.
     return _results([_pool().submit(_as_rank, rank, port, task, arguments) for rank in (0, 1)])
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment variables that ``torchrun`` gives to one process of one machine.
+
+    Args:
+        rank: of the process.
+        ranks: number of processes.
+        port: where rank 0 waits for the others.
+    """
+    return {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
 
 
 def _results(futures: list[Future[Any]]) -> list[Any]:
@@ -149,10 +169,7 @@ def _alone(task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 
 def _as_rank(rank: int, port: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    variables = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
+    variables = rank_variables(rank, 2, port)
     os.environ |= variables
     try:
         return task(*arguments)

@@ -60,3 +60,37 @@ def not_plain(value: Any, where: str = "") -> list[str]:
         return [found for i, inner in enumerate(value) for found in not_plain(inner, f"{where}[{i}]")]
     plain = value is None or type(value) in (bool, int, float, str)
     return [] if plain else [f"{where.lstrip('.')}: {type(value).__name__}"]
+
+
+def leaves(value: Any, where: str = "") -> dict[str, Any]:
+    """What nested containers hold, by place."""
+    if isinstance(value, Mapping):
+        return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{where}.{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for i, inner in enumerate(value) for k, v in leaves(inner, f"{where}[{i}]").items()}
+    return {where.lstrip("."): value}
+
+
+def gap(a: Any, b: Any) -> tuple[float, str]:
+    """Largest absolute difference between the numbers in two nested containers, and where it is.
+
+    Tensors that are equal bit for bit differ by 0, also where they are infinite.
+
+    Raises:
+        AssertionError: they have different places, or something other than a number differs.
+    """
+    one, other = leaves(a), leaves(b)
+    assert one.keys() == other.keys(), f"only one has {sorted(one.keys() ^ other.keys())[:5]}"
+    worst = (0.0, "")
+    for place, value in one.items():
+        pair = value, other[place]
+        if all(isinstance(each, Tensor | float) for each in pair):
+            x, y = (torch.as_tensor(each) for each in pair)
+            assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{place} is {x.dtype} {x.shape}, or {y.dtype} {y.shape}"
+            if not torch.equal(x, y):
+                # A NaN is as far away as can be.
+                size = (x.double() - y.double()).abs().nan_to_num(nan=torch.inf).max().item()
+                worst = max(worst, (size, place))
+        else:
+            assert pair[0] == pair[1], f"{place} is {pair[0]!r} or {pair[1]!r}"
+    return worst

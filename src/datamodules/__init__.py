@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING
 from safelight.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from safelight.datamodules.concepts import ConceptDataModule as ConceptDataModule
     from safelight.datamodules.emoji import EmojiDataModule as EmojiDataModule
     from safelight.datamodules.prompts import PromptDataModule as PromptDataModule
 
-_HOME = {"EmojiDataModule": "emoji", "PromptDataModule": "prompts", "ResumableLoader": "loading"}
+_HOME = {
+    "ConceptDataModule": "concepts",
+    "EmojiDataModule": "emoji",
+    "PromptDataModule": "prompts",
+    "ResumableLoader": "loading",
+}
 __all__ = sorted(_HOME)
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

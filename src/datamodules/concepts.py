@@ -1,0 +1,273 @@
+"""Prompts for concept erasure: what should go, what comes in its place, and what must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Interval
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from safelight.datamodules.concept_emoji import (
+    STYLE_WORDS,
+    check_emoji,
+    emoji_anchor,
+    emoji_prompts,
+    emoji_retain,
+    neighbour_things,
+)
+from safelight.datamodules.concept_rows import ConceptPrompts, ConceptTestSet, GroupDataset, Pair, Role, flatten_groups
+from safelight.datamodules.concept_templates import spellings
+from safelight.datamodules.concept_texts import (
+    file_prompts,
+    related_words,
+    retain_captions,
+    template_prompts,
+    text_anchor,
+)
+from safelight.datamodules.loading import ResumableLoader
+from safelight.errors import SafelightError
+
+# Seeds of test noises start here, so that no test sample shares its noise with a training sample.
+TEST_SEEDS = 1_000_000_000
+
+
+class ConceptDataModule(LightningDataModule):
+    """Erase and retain prompts in groups, and test prompts of the erased thing, its neighbours and everything else.
+
+    A training item is a group of one erase row and ``retain_per_erase`` retain rows, so ``batch_size`` counts groups.
+    A batch is flat: ``prompt`` and ``anchor`` (n texts; equal for retain rows), ``erase`` (n,) bool, ``seed`` (n,)
+    int64, and ``target`` (n, *latent_shape) where ``source`` is a folder of records. A test batch has lists ``prompt``,
+    ``anchor``, ``role`` (``target``, ``neighbour`` or ``retain``), ``concept`` and ``anchor_concept`` (words for what
+    the two pictures should show), and tensors ``seed`` and ``index``. No test prompt of the erased concept and no test
+    noise occurs in training.
+
+    With ``source=emoji`` the test prompts are held-out scenes: between none and nine per thing (pistol: 5), so each is
+    drawn with several noises; a thing with fewer than two gives up training scenes for it.
+
+    Args:
+        concept: what is erased: a thing, a ``noto style`` or ``twemoji style``, any words for other sources; several to
+            erase them jointly.
+        anchor: what takes its place: one for all, a list beside the list of concepts, or a mapping; None takes it from
+            a table (for emoji things beyond it, the nearest harmless thing of another category).
+        source: erase prompts: ``emoji`` scenes, our ``templates``, a ``.txt``, ``.csv`` or ``.tsv`` file of prompts
+            that name the concept, or a folder of records with latents to reach.
+        column: column of such a table, by number or by name in its header.
+        kind: which templates: ``object``, ``character`` (50 scenes), ``nsfw`` (40 postures) or ``style`` (21).
+        synonyms: other wordings that take turns with the concept; None for those known (gun, nude).
+        pairs: erase prompts per concept (paper: 20 to 50).
+        retain: prompts that stay: ``emoji`` scenes, or a ``.txt``, ``.csv`` or ``.tsv`` file of captions (authors: the
+            Conceptual Captions validation TSV, which has no header).
+        retain_column: column of such a table.
+        retain_per_erase: retain rows beside every erase row (authors: 1).
+        neighbours: how many related things are tested, or which.
+        retain_neighbours: let training keep the neighbours too; otherwise it never sees them, and their test tells how
+            far the erasure spreads by itself. Emoji retain prompts only.
+        filter_ratio: share of erase pairs that training keeps, those that change the least beside the concept (FLUX:
+            0.9); the method draws and scores them.
+        filter_scorer: how pairs are scored: by CLIP on what is around the concept, the same with a penalty where the
+            concept is not in the first picture, or by the distance of the pictures.
+        filter_parity: take the quantile as the authors do, who count every retain prompt as a pair of score 0.
+        test_size: test samples per role (targets: per concept).
+        test_noises: noises per target prompt, at least.
+        attack_file: a CSV file of adversarial prompts, which then are the target tests with the seeds it states.
+        attack_format: its format; None recognises it by its columns.
+        batch_size: groups per device and step.
+        test_batch_size: test samples per device.
+        seed: choice and order of prompts, and their noise seeds.
+    """
+
+    def __init__(
+        self,
+        *,
+        concept: str | list[str] = "pistol",
+        anchor: str | list[str] | dict[str, str] | None = None,
+        source: str = "emoji",
+        column: int | str = 0,
+        kind: Literal["object", "character", "style", "nsfw"] = "object",
+        synonyms: list[str] | None = None,
+        pairs: Annotated[int, Ge(1)] = 24,
+        retain: str = "emoji",
+        retain_column: int | str = 0,
+        retain_per_erase: Annotated[int, Ge(1)] = 2,
+        neighbours: int | list[str] = 6,
+        retain_neighbours: bool = False,
+        filter_ratio: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+        filter_scorer: Literal["clip", "clip_foreground", "distance"] = "clip",
+        filter_parity: bool = False,
+        test_size: Annotated[int, Ge(1)] = 24,
+        test_noises: Annotated[int, Ge(1)] = 4,
+        attack_file: str | None = None,
+        attack_format: Literal["i2p", "ring_a_bell", "mma_diffusion", "p4d", "unlearn_diff_atk"] | None = None,
+        batch_size: Annotated[int, Ge(1)] = 4,
+        test_batch_size: Annotated[int, Ge(1)] = 32,
+        seed: Annotated[int, Ge(0)] = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)  # Lightning refuses to log names that the model has with other values
+        self._concept, self._anchor = concept, anchor
+        self.source, self.column, self.template_kind, self.synonyms = source, column, kind, synonyms
+        self.pairs, self.retain, self.retain_column = pairs, retain, retain_column
+        self.retain_per_erase, self.retain_neighbours = retain_per_erase, retain_neighbours
+        self._neighbours = neighbours
+        self.filter_ratio, self.filter_scorer, self.filter_parity = filter_ratio, filter_scorer, filter_parity
+        self.test_size, self.test_noises = test_size, test_noises
+        self.attack_file, self.attack_format = attack_file, attack_format
+        self.batch_size, self.test_batch_size, self.seed = batch_size, test_batch_size, seed
+        self.erased: dict[str, str] = {}
+        """Concept to anchor."""
+        self.concept, self.anchor_word = "", ""
+        self.kind: Literal["object", "style"] = "object"
+        self.concepts: list[str] = []
+        self.neighbour_words: list[str] = []
+        self.retain_words: list[str] = []
+        self.train_set: GroupDataset | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Choose the prompts; safe to call again, and then leaves filtered pairs as they are.
+
+        Raises:
+            SafelightError: an argument does not fit the others or the source.
+        """
+        if self.train_set is not None:
+            return
+        emoji = self.source == "emoji"
+        self.erased = erased_words(self._concept, self._anchor, emoji_anchor if emoji else text_anchor)
+        styles = emoji and any(concept in STYLE_WORDS for concept in self.erased)
+        self.kind = "style" if styles or (not emoji and self.template_kind == "style") else "object"
+        self.concept, self.anchor_word = " and ".join(self.erased), " and ".join(dict.fromkeys(self.erased.values()))
+        prompts = self._emoji() if emoji else self._texts()
+        self.concepts, self.neighbour_words = prompts.concepts, prompts.neighbour_words
+        kept, kept_tests = self._retain(len(prompts.erase) * self.retain_per_erase)
+        tested = {pair.prompt for pair in [*prompts.neighbour, *kept_tests]}
+        # Among styles: a scene held out in one may be a training scene in the other.
+        kept = [pair for pair in kept if pair.prompt not in tested]
+        known = set(self.concepts)
+        self.retain_words = list(dict.fromkeys(pair.concept for pair in kept_tests if pair.concept in known))
+        first = self.seed * 1_000_000
+        self.train_set = GroupDataset(prompts.erase, kept, self.retain_per_erase, first)
+        roles: dict[Role, Sequence[Pair]] = {
+            "target": prompts.target,
+            "neighbour": prompts.neighbour,
+            "retain": kept_tests,
+        }
+        self.test_set = ConceptTestSet(roles, TEST_SEEDS + first)
+
+    def _emoji(self) -> ConceptPrompts:
+        words = [*self.erased, *self.erased.values()]
+        for argument, word in [*(("concept", c) for c in self.erased), *(("anchor", a) for a in self.erased.values())]:
+            check_emoji(word, argument)
+        if len({word in STYLE_WORDS for word in words}) > 1:
+            raise SafelightError(
+                f"data.anchor: {self.erased} mixes things and styles; a style gives way to a style, a thing to a thing"
+            )
+        if isinstance(self._neighbours, list):
+            near = self._neighbours
+            for word in near:
+                check_emoji(word, "neighbours")
+        else:
+            styles = self.kind == "style"
+            near = [] if styles else neighbour_things(list(self.erased), list(self.erased.values()), self._neighbours)
+        return emoji_prompts(
+            self.erased, pairs=self.pairs, neighbours=near, test_size=self.test_size, test_noises=self.test_noises,
+            seed=self.seed,
+        )  # fmt: skip
+
+    def _texts(self) -> ConceptPrompts:
+        if self.synonyms and len(self.erased) > 1:
+            raise SafelightError(
+                f"data.synonyms={self.synonyms}: they are other words for one concept; with several give each as a "
+                "concept with an anchor of its own"
+            )
+        near = self._neighbours
+        if not isinstance(near, list):
+            near = related_words(list(self.erased), list(self.erased.values()), self.template_kind, near)
+        if self.source == "templates":
+            return template_prompts(
+                self.erased, self.template_kind, synonyms=self.synonyms, pairs=self.pairs, neighbours=near,
+                test_size=self.test_size, test_noises=self.test_noises, seed=self.seed,
+            )  # fmt: skip
+        return file_prompts(
+            Path(self.source).expanduser(), self.column, self.erased, synonyms=self.synonyms, pairs=self.pairs,
+            neighbours=near, test_size=self.test_size, test_noises=self.test_noises,
+        )  # fmt: skip
+
+    def _retain(self, size: int) -> tuple[list[Pair], list[Pair]]:
+        if self.retain == "emoji":
+            near = [] if self.kind == "style" else self.neighbour_words
+            return emoji_retain(
+                self.erased, [] if self.retain_neighbours else near, near, test_size=self.test_size, seed=self.seed
+            )
+        wordings = [word for concept in self.erased for word in spellings(concept, self.synonyms)]
+        return retain_captions(
+            Path(self.retain).expanduser(), self.retain_column, wordings, size=size, test_size=self.test_size
+        )
+
+    def erase_pairs(self) -> list[tuple[Pair, int]]:
+        """The erase pairs of training with their noise seeds, in the order of the groups; for scoring them."""
+        assert self.train_set is not None, "setup first"
+        found = self.train_set
+        return [(found.erase[group], found[place]["seed"][0]) for place, group in enumerate(found.places)]
+
+    def keep_pairs(self, places: Sequence[int]) -> None:
+        """Train on these groups only, such as those that a filter left; each keeps its prompts and its noise.
+
+        Args:
+            places: numbers of groups, as ``erase_pairs`` lists them.
+
+        Raises:
+            SafelightError: none are left.
+        """
+        assert self.train_set is not None, "setup first"
+        if not places:
+            raise SafelightError(f"data.filter_ratio={self.filter_ratio}: no erase pair is left; raise it")
+        self.train_set = self.train_set.only(places)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Groups in an order fixed by (seed, epoch), joined into flat batches."""
+        assert self.train_set is not None, "setup first"
+        return ResumableLoader(
+            self.train_set, batch_size=self.batch_size, shuffle=True, drop_last=True, seed=self.seed,
+            collate_fn=flatten_groups,
+        )  # fmt: skip
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test samples, role after role."""
+        return DataLoader(self.test_set, batch_size=self.test_batch_size)
+
+
+def erased_words(
+    concept: str | list[str], anchor: str | list[str] | dict[str, str] | None, default: Callable[[str], str]
+) -> dict[str, str]:
+    """Concept to anchor, from the ways in which the two may be given.
+
+    Args:
+        concept: one or several.
+        anchor: one for all, one each, a mapping, or None for ``default(concept)``.
+        default: anchor of a concept that has none.
+
+    Raises:
+        SafelightError: there is no concept, one has no anchor or itself, or another erased one, as anchor.
+    """
+    concepts = [concept] if isinstance(concept, str) else list(concept)
+    if not concepts or not all(word.strip() for word in concepts) or len(set(concepts)) < len(concepts):
+        raise SafelightError(f"data.concept={concept!r}: give one thing to erase, or several different ones")
+    if anchor is None:
+        erased = {word: default(word) for word in concepts}
+    elif isinstance(anchor, dict):
+        if missing := [word for word in concepts if word not in anchor]:
+            raise SafelightError(f"data.anchor={anchor}: it names nothing for {missing}")
+        erased = {word: anchor[word] for word in concepts}
+    else:
+        anchors = [anchor] * len(concepts) if isinstance(anchor, str) else list(anchor)
+        if len(anchors) != len(concepts):
+            raise SafelightError(f"data.anchor={anchor}: {len(anchors)} anchors for the concepts {concepts}")
+        erased = dict(zip(concepts, anchors, strict=True))
+    for word, other in erased.items():
+        if not other.strip():
+            raise SafelightError(f"data.anchor: the anchor of {word!r} is empty; for that choose method.target=empty")
+        if other in erased:
+            raise SafelightError(f"data.anchor={other!r}: it takes the place of {word!r} but is erased itself")
+    return erased

@@ -22,7 +22,7 @@ for _name, _value in {
 }.items():
     os.environ[_name] = _value
 
-pytest.register_assert_rewrite("safelight.testing.contracts")
+pytest.register_assert_rewrite("safelight.testing.contracts", "safelight.testing.sharding")
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))

@@ -44,6 +44,7 @@ from safelight.testing.running import (
     quiet_trainer,
     without_safelight,
 )
+from safelight.testing.sharding import ShardingContract
 from safelight.testing.states import State, all_bytes, frozen_tensors, not_plain, same, state_of
 
 EQUIVALENCE_STEPS = 5
@@ -60,7 +61,7 @@ def discovered_methods(searchpath: Sequence[str] = ()) -> list[str]:
     return options("method", searchpath)
 
 
-class MethodContract:
+class MethodContract(ShardingContract):
     """What a method promises, tested on a tiny instance of it.
 
     Attributes:

@@ -23,7 +23,7 @@ for _name, _value in {
 }.items():
     os.environ[_name] = _value
 
-pytest.register_assert_rewrite("safelight.testing.contracts")
+pytest.register_assert_rewrite("safelight.testing.contracts", "safelight.testing.sharding")
 
 TESTS = Path(__file__).parent
 PLUGIN = "hydra.searchpath=[pkg://toy_plugin.configs]"

@@ -39,8 +39,9 @@ class TensorBoardMedia(Callback):
     """Asks the module for pictures every so many steps and adds histograms of its trainable parameters.
 
     A module takes part by having ``log_media(writer, step)``, where ``writer`` is TensorBoard's ``SummaryWriter``. It
-    is called on the first rank only, in eval mode, without gradients and with the random state put back afterwards,
-    so it must not call collectives. Without a TensorBoard logger nothing happens.
+    is called in eval mode, without gradients and with the random state put back afterwards, on the first rank only, so
+    it must not call collectives; where weights are sharded it is called on all ranks, because all are needed to use
+    them, and only the first one's ``writer`` writes. Without a TensorBoard logger nothing happens.
 
     Args:
         every_n_steps: Optimisation steps between two calls; the start and the end of training are always shown.
@@ -76,7 +77,7 @@ class TensorBoardMedia(Callback):
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         # Under gradient accumulation several batches end at the same step.
-        if step == self._shown or not trainer.is_global_zero:
+        if step == self._shown or not (trainer.is_global_zero or _is_sharded(pl_module)):
             return
         self._shown = step
         log_media = getattr(pl_module, "log_media", None)
@@ -91,7 +92,14 @@ class TensorBoardMedia(Callback):
 
     def _add_histograms(self, logger: TensorBoardLogger, pl_module: LightningModule, step: int) -> None:
         for name, parameter in pl_module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             values = parameter.detach()
+            values = values.full_tensor() if hasattr(values, "full_tensor") else values
             # TensorBoard refuses non-finite values; stopping the run for them is another callback's task.
-            if parameter.requires_grad and values.numel() and bool(values.isfinite().all()):
+            if values.numel() and bool(values.isfinite().all()):
                 logger.experiment.add_histogram(f"parameters/{name}", values.float().cpu(), step)
+
+
+def _is_sharded(module: torch.nn.Module) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())

@@ -124,12 +124,11 @@ class StopOnNonFinite(Callback):
             if gradient is None or gradient.numel() == 0:
                 largest.append(torch.zeros((), device=device))
                 continue
-            # Each rank looks at its own shard; the check brings the answers together.
-            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+            local = _own(gradient)
             if local.is_sparse:
                 local = local.coalesce().values()
             # The largest magnitude carries NaN and infinity and, unlike a sum, cannot overflow by itself.
-            top = local.detach().abs().amax() if local.numel() else torch.zeros(())
+            top = local.abs().amax() if local.numel() else torch.zeros(())
             largest.append(top.to(device, torch.float32, non_blocking=True))
         if len(largest) != len(self._names):
             return
@@ -163,7 +162,7 @@ class StopOnNonFinite(Callback):
         gradient_steps: Sequence[int],
     ) -> NonFiniteError:
         culprits = [name for name, bad in zip(self._names, gradient_steps, strict=True) if bad == step]
-        weights = [name for name, p in pl_module.named_parameters() if not bool(p.detach().isfinite().all())]
+        weights = [name for name, p in pl_module.named_parameters() if not bool(_own(p).isfinite().all())]
         inputs = list(_non_finite_places(self._batch, "batch"))
         told = []
         if loss_step == step:
@@ -203,6 +202,12 @@ class StopOnNonFinite(Callback):
                     f"add its name to StopOnNonFinite(ignore=[...])",
                     trainer.global_step,
                 )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded; the check brings the answers of all ranks together."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.detach()
 
 
 def _non_finite_places(tree: Any, place: str) -> Iterator[str]:

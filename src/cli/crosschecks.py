@@ -24,6 +24,7 @@ def cross_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     if isinstance(method, dict) and TARGET in method:
         yield from _backbone_problems(config, str(method[TARGET]))
         yield from _monitor_problems(config, str(method[TARGET]))
+        yield from _sharding_problems(config, str(method[TARGET]))
     yield from _batch_problems(config)
 
 
@@ -153,6 +154,18 @@ def _monitor_problems(config: Mapping[str, Any], target: str) -> Iterator[Proble
 def _validates(target: str) -> bool:
     tree = source_of(target)
     return tree is not None and any(isinstance(n, ast.FunctionDef) and n.name == "validation_step" for n in tree.body)
+
+
+def _sharding_problems(config: Mapping[str, Any], target: str) -> Iterator[Problem]:
+    """Sharded weights for a method that names none worth sharding."""
+    trainer, chosen = config.get("trainer"), str((config.get("choices") or {}).get("trainer"))
+    strategy = trainer.get("strategy") if isinstance(trainer, dict) else None
+    kind = str(strategy.get(TARGET)).rpartition(".")[2] if isinstance(strategy, dict) else ""
+    if kind in ("FullySharded", "ModelParallelStrategy") and not class_attribute(target, "sharded"):
+        copied = "trainer=ddp_cpu" if chosen.endswith("_cpu") else "trainer=ddp"
+        text = f"{target.rpartition('.')[2]} declares nothing that could be sharded over processes"
+        text += f"; {copied} keeps a copy on each"
+        yield Problem("trainer", text, typed=f"trainer={chosen}", fix=copied)
 
 
 def _batch_problems(config: Mapping[str, Any]) -> Iterator[Problem]:

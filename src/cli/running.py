@@ -254,13 +254,30 @@ def conclude(
     eval_command = ending.eval_command(run.folder / "checkpoints" / "best.ckpt", run.command)
     state_facts(run.config, run.command, eval_command, run.module, metrics, controls)
     run.module.eval()
-    artefact = export(run.module, run.folder / "export") if run.config["export"] else None
+    artefact = export(whole_module(run), run.folder / "export") if run.config["export"] else None
     summary = ending.summarise(run.config, run.module, metrics, controls, artefact, eval_command, started)
     if run.config["report"]:
         ending.write_report(run.folder / "report", run.module, summary)
     write_summary(run.folder, summary)
     ending.print_end(run.folder, run.module, summary, run.command)
     return summary
+
+
+def whole_module(run: Run) -> LightningModule:
+    """The trained method with all its weights in this process.
+
+    Sharded weights (``trainer=fsdp2``) would need every process for every file; the checkpoint has them whole.
+    """
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    if not isinstance(run.trainer.strategy, ModelParallelStrategy):
+        return run.module
+    from safelight.callbacks.checkpointing import read_checkpoint
+
+    module = building.build_module(run.config)
+    module.load_state_dict(read_checkpoint(run.folder / "checkpoints" / "best.ckpt")["state_dict"])
+    module.trainer, module.run_facts = run.trainer, run.module.run_facts
+    return module.eval()
 
 
 def state_facts(

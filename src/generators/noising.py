@@ -32,6 +32,18 @@ def diffuse(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return level.sqrt() * clean + (1 - level).sqrt() * noise
 
 
+def diffusion_target(kind: str, clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What a network of a scheduler's ``prediction_type`` is to predict (arXiv 2202.00512, appendix D).
+
+    Args:
+        kind: ``epsilon`` (the noise), ``sample`` (the clean latents) or ``v_prediction``.
+        clean: data latents, (B, ...).
+        noise: like ``clean``.
+        alpha_bar: share of the signal, (B,).
+    """
+    return {"epsilon": noise, "sample": clean}.get(kind, diffuse(noise, -clean, alpha_bar))
+
+
 def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean squared error in fp32 or better.
 

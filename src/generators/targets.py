@@ -72,16 +72,24 @@ class DenseTargets:
             rollout: called with the rows that are not cached; returns their final latents.
         """
         pairs = list(zip(prompts, seeds, strict=True))
-        for pair in pairs:
-            if pair not in self._latents and self.folder is not None and (file := self._file(pair)).is_file():
-                self._latents[pair] = load_file(file)["latent"]
-        missing = [row for row, pair in enumerate(pairs) if pair not in self._latents]
+        missing = self._missing(pairs)
         if missing:
             for row, latent in zip(missing, rollout(missing).cpu(), strict=True):
                 self._latents[pairs[row]] = latent.clone()
                 if self.folder is not None:
                     self._write(pairs[row], latent)
         return torch.stack([self._latents[pair] for pair in pairs]).to(self.generator.device)
+
+    def know(self, prompts: Sequence[str], seeds: Sequence[int]) -> bool:
+        """Whether the latents of all pairs are cached, so that ``latents`` will not call its ``rollout``."""
+        return not self._missing(list(zip(prompts, seeds, strict=True)))
+
+    def _missing(self, pairs: Sequence[tuple[str, int]]) -> list[int]:
+        """Rows whose latents are neither in memory nor on disk; those on disk are read."""
+        for pair in pairs:
+            if pair not in self._latents and self.folder is not None and (file := self._file(pair)).is_file():
+                self._latents[pair] = load_file(file)["latent"]
+        return [row for row, pair in enumerate(pairs) if pair not in self._latents]
 
     def _file(self, pair: tuple[str, int]) -> Path:
         assert self.folder is not None

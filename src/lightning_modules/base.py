@@ -26,6 +26,8 @@ class SafelightModule(LightningModule):
 
     Attributes:
         frozen: attribute names of sub-modules that are never trained or saved.
+        sharded: paths of sub-modules whose weights are worth cutting over processes (``trainer=fsdp2``), each called as
+            a whole; empty when the method is better copied (``trainer=ddp``). All that is trained must be below them.
         families: kinds of backbone it can use (``flux``, ``sd3``, ``unet``, ``dit``); empty when it does not say.
         metric_names: names that ``test_step`` logs, without the ``test/`` prefix.
         control_names: baselines evaluated beside the method; logged as ``test/<control>/<metric>``.
@@ -38,6 +40,7 @@ class SafelightModule(LightningModule):
     """
 
     frozen: ClassVar[tuple[str, ...]] = ()
+    sharded: ClassVar[tuple[str, ...]] = ()
     families: ClassVar[tuple[str, ...]] = ()
     metric_names: ClassVar[tuple[str, ...]] = ()
     control_names: ClassVar[tuple[str, ...]] = ()
@@ -67,6 +70,13 @@ class SafelightModule(LightningModule):
         """Put the frozen parts in eval mode and stop their gradients; call when they have been built."""
         for module in self.frozen_modules():
             module.eval().requires_grad_(False)
+
+    def configure_model(self) -> None:
+        """Cut what ``sharded`` names over the processes, when the strategy has a mesh of them to cut for."""
+        if self.device_mesh is not None and self.sharded:
+            from safelight.lightning_modules.sharding import shard
+
+            shard(self, self.sharded, self.device_mesh["data_parallel"])
 
     def train(self, mode: bool = True) -> SafelightModule:
         """Switch the trained parts only: dropout in a frozen network would be noise that nobody asked for."""
@@ -100,6 +110,10 @@ class SafelightModule(LightningModule):
                 f"the checkpoint does not fit this {type(self).__name__}: {', '.join(shapes[:3])}; "
                 "was it trained with another backbone or other units?"
             )
+        if self.device_mesh is not None:
+            from safelight.lightning_modules.sharding import cut_like
+
+            state_dict = {key: cut_like(value, own.get(key)) for key, value in state_dict.items()}
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         hidden = tuple(f"{name}." for name in self.frozen)
         missing = [key for key in result.missing_keys if not (hidden and key.startswith(hidden))]

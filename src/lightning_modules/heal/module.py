@@ -56,6 +56,8 @@ class Heal(SafelightModule):
     """
 
     frozen = ("peft_model", "teacher_denoiser", "vae")
+    # The denoisers as they are called: the adapters sit inside the first.
+    sharded = ("peft_model.base_model.model", "teacher_denoiser")
     families = ("flux", "sd3", "unet", "dit")
     metric_names = ("latent_mse_median", "latent_mse_mean", "ssim")
     control_names = ("unhealed",)
@@ -129,6 +131,11 @@ class Heal(SafelightModule):
                 final: Tensor = self.teacher.rollout(*part)
             return final
 
+        if self.device_mesh is not None:
+            # Weights are shared: whoever has something to roll out needs the part that the others hold.
+            known = self.targets.know(prompts, seeds)
+            if not self.trainer.strategy.reduce_boolean_decision(known) and known:
+                rollout([0])
         return self.targets.latents(prompts, seeds, rollout)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

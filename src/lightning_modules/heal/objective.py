@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from safelight.generators import Conditioning, Generator
-from safelight.generators.noising import diffuse, flow_interpolate
+from safelight.generators.noising import diffuse, diffusion_target, flow_interpolate
 
 
 def denoising_loss(generator: Generator, cond: Conditioning, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
@@ -34,8 +34,7 @@ def denoising_loss(generator: Generator, cond: Conditioning, clean: Tensor, nois
         steps = (level * len(table)).long()
         alpha_bar = table.to(clean)[steps]
         noisy, timestep = diffuse(clean, noise, alpha_bar), steps.to(clean)
-        kind = generator.scheduler.config.prediction_type
-        target = {"epsilon": noise, "sample": clean}.get(kind, diffuse(noise, -clean, alpha_bar))
+        target = diffusion_target(generator.scheduler.config.prediction_type, clean, noise, alpha_bar)
     prediction = generator.denoise(noisy.to(generator.dtype), timestep, _cast(positive, generator))
     return F.mse_loss(prediction.float(), target.float())
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.generators import Conditioning, Generator, load_generator
-from safelight.generators.noising import denoising_loss, diffuse, flow_interpolate, logit_normal
+from safelight.generators.noising import (
+    denoising_loss,
+    diffuse,
+    diffusion_target,
+    flow_interpolate,
+    logit_normal,
+)
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.randomness import normal, row_generators, uniform
 from safelight.lightning_modules.schedules import adamw_warmup_cosine
@@ -49,6 +55,7 @@ class TextToImage(SafelightModule):
     """
 
     frozen = ("vae", "_judge")
+    sharded = ("trained", "ema")
     families = ("flux", "unet")
     metric_names = ("clip_accuracy_trained", "clip_accuracy_held_out")
     control_names = ("shuffled_captions",)
@@ -83,6 +90,7 @@ class TextToImage(SafelightModule):
         if reset:
             self._reset()
         self.trained.requires_grad_(True).train()
+        self._freeze_unread()
         self.ema = copy.deepcopy(self.trained).requires_grad_(False).eval()
         self.vae = pipeline.vae
         self.freeze_parts()
@@ -96,6 +104,22 @@ class TextToImage(SafelightModule):
             fresh = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
             module.load_state_dict(fresh.state_dict())
 
+    def _freeze_unread(self) -> None:
+        """Freeze what no picture depends on, because DDP waits for a gradient of all that is trained.
+
+        SDXL reads the last hidden state but one of its first text encoder; what comes after it is never used.
+        """
+        if self.is_sdxl and "text_encoder" in self.trained:
+            encoder: Any = self.trained["text_encoder"]
+            encoder = getattr(encoder, "text_model", encoder)
+            encoder.encoder.layers[-1].requires_grad_(False)
+            encoder.final_layer_norm.requires_grad_(False)
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the denoiser is a U-Net that takes pooled text and image sizes; SD 1 and 2 take neither."""
+        return bool(getattr(self.generator, "is_sdxl", False))
+
     # -- training ----------------------------------------------------------------------------------------------------
 
     def condition(self, captions: list[str]) -> Conditioning:
@@ -106,9 +130,12 @@ class TextToImage(SafelightModule):
                 prompt=captions, prompt_2=None, device=self.device, max_sequence_length=generator.max_sequence_length
             )
             return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        embeds, _, pooled, _ = pipeline.encode_prompt(
+        encoded = pipeline.encode_prompt(
             prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
+        if not self.is_sdxl:
+            return {"prompt_embeds": encoded[0]}
+        embeds, _, pooled, _ = encoded
         if pipeline.config.get("force_zeros_for_empty_prompt"):
             named = torch.tensor([bool(caption) for caption in captions], device=self.device)
             embeds, pooled = embeds * named.view(-1, 1, 1), pooled * named.view(-1, 1)
@@ -147,11 +174,10 @@ class TextToImage(SafelightModule):
             scheduler = self.generator.scheduler
             steps = (uniform(rows) * scheduler.config.num_train_timesteps).long()
             signal = scheduler.alphas_cumprod[steps].to(clean)
-            noisy, timestep, target = diffuse(clean, noise, signal), steps.to(clean), noise
-            if self.weighting == "velocity":
-                # The error of the velocity that a predicted noise implies; it counts most where there is most noise,
-                # which is where few-step samplers decide what to draw.
-                weight = 1 / signal
+            kind = scheduler.config.prediction_type
+            noisy, timestep = diffuse(clean, noise, signal), steps.to(clean)
+            target = diffusion_target(kind, clean, noise, signal)
+            weight = self._weight(kind, signal)
         else:
             sigma = torch.cat([logit_normal(1, self.sigma_mean, self.sigma_std, row) for row in rows]).to(clean)
             noisy, target = flow_interpolate(clean, noise, sigma)
@@ -159,6 +185,13 @@ class TextToImage(SafelightModule):
         loss = denoising_loss(self.generator.denoise(noisy, timestep, cond), target, weight)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _weight(self, kind: str, signal: Tensor) -> Tensor:
+        """Factor (B,) that turns the squared error of what the network predicts into that of ``weighting``."""
+        # The velocity that a predicted noise implies is off most where there is most noise, which is where few-step
+        # samplers decide what to draw.
+        velocity = {"epsilon": 1 / signal, "sample": 1 / (1 - signal)}.get(kind, torch.ones_like(signal))
+        return velocity if self.weighting == "velocity" else velocity * signal
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average of the weights; quickly at first, so that the random start is forgotten.
@@ -175,7 +208,7 @@ class TextToImage(SafelightModule):
         """AdamW with linear warm-up and cosine decay over the whole run."""
         return adamw_warmup_cosine(
             self,
-            self.trained.parameters(),
+            [parameter for parameter in self.trained.parameters() if parameter.requires_grad],
             lr=self.lr,
             warmup_steps=self.warmup_steps,
             weight_decay=self.weight_decay,
@@ -201,7 +234,12 @@ class TextToImage(SafelightModule):
     def draw(self, captions: list[str], seeds: list[int]) -> Tensor:
         """Pictures of the averaged model, (B, 3, H, W) in [0, 1]."""
         with self.averaged():
-            cond = self.generator.encode(captions)
+            # Not ``generator.encode``, which encodes equal captions once: processes that share the encoders' weights
+            # must call them equally often.
+            cond = self.condition(captions)
+            if self.generator.uses_cfg:
+                nothing = self.condition([""] * len(captions))
+                cond |= {f"negative_{key}": value for key, value in nothing.items() if key != "time_ids"}
             return self.generator.decode(self.generator.rollout(self.generator.noise(seeds), cond))
 
     def on_test_start(self) -> None:

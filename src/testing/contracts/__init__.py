@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from safelight.cli.composing import options
 from safelight.testing.contracts.killing import Killing
-from safelight.testing.contracts.processes import Processes
+from safelight.testing.contracts.sharding import Sharding
 from safelight.testing.contracts.storing import Storing
 from safelight.testing.contracts.training import Training
 
@@ -35,7 +35,7 @@ def discovered_methods(searchpath: Sequence[str] = ()) -> list[str]:
     return options("method", searchpath)
 
 
-class MethodContract(Training, Storing, Processes, Killing):
+class MethodContract(Training, Storing, Sharding, Killing):
     """What a method promises, tested on a tiny instance of it.
 
     What a subclass says about its method is described in :class:`~safelight.testing.contracts.instance.Instance`.

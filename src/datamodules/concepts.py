@@ -198,7 +198,7 @@ class ConceptDataModule(LightningDataModule):
 
     def _set_up_from_records(self, records: ConceptRecords) -> None:
         concepts = [self._concept] if isinstance(self._concept, str) else self._concept
-        asked = erased_words(self._concept, self._anchor, lambda word: records.erased.get(word, ""))
+        asked = erased_words(self._concept, self._anchor, lambda word: records.erased.get(word, "unknown"))
         if concepts != list(records.erased) or asked != records.erased:
             raise SafelightError(
                 f"data.source: the records in {self.source} are of {records.erased}; set data.concept (now {concepts}) "

@@ -94,19 +94,23 @@ class GroupDataset(Dataset[dict[str, list[Any]]]):
         other.places = [self.places[place] for place in places]
         return other
 
+    def pairs(self, index: int) -> list[Pair]:
+        """The pairs of a group, the erased one first."""
+        group = self.places[index]
+        start = group * self.retain_per_erase
+        kept = [self.retain[(start + place) % len(self.retain)] for place in range(self.retain_per_erase)]
+        return [self.erase[group], *kept]
+
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, list[Any]]:
-        index = self.places[index]
-        start = index * self.retain_per_erase
-        kept = [self.retain[(start + place) % len(self.retain)] for place in range(self.retain_per_erase)]
-        rows = [self.erase[index], *kept]
-        first = self.first_seed + index * len(rows)
+        rows = self.pairs(index)
+        first = self.first_seed + self.places[index] * len(rows)
         item: dict[str, list[Any]] = {
             "prompt": [row.prompt for row in rows],
             "anchor": [row.anchor for row in rows],
-            "erase": [True] + [False] * len(kept),
+            "erase": [True] + [False] * (len(rows) - 1),
             "seed": [first + place if row.seed is None else row.seed for place, row in enumerate(rows)],
         }
         if self.targets is not None:

@@ -61,8 +61,8 @@ def found_concept(prompt: str, keys: Iterable[str]) -> str | None:
 def replace_concept(prompt: str, anchors: Mapping[str, str]) -> str:
     """The prompt with every concept replaced by its anchor, the longest concept first and on word boundaries only.
 
-    An article before the concept follows the anchor (``an axe`` to ``a hammer``), and a name replaced by a common noun
-    gets one. An empty anchor takes the concept and its article away.
+    An article before the concept follows the anchor (``an axe`` to ``a hammer``), and a name, which the mapping writes
+    with a capital, gets one where a common noun replaces it. An empty anchor takes the concept and its article away.
 
     Args:
         prompt: the text.
@@ -71,14 +71,14 @@ def replace_concept(prompt: str, anchors: Mapping[str, str]) -> str:
     Raises:
         SafelightError: the prompt holds no concept.
     """
-    table = {key.lower(): value for key, value in anchors.items()}
+    table = {key.lower(): (key, value) for key, value in anchors.items()}
     found = False
 
     def put(match: re.Match[str]) -> str:
         nonlocal found
         found = True
-        written, key = match[1], match[2]
-        anchor = table[key.lower()]
+        written = match[1]
+        key, anchor = table[match[2].lower()]
         before = prompt[: match.start()].split()
         determined = bool(before) and (before[-1].lower() in _DETERMINERS or before[-1].endswith("'s"))
         name = key[:1].isupper() and not takes_article(key)

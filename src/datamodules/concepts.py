@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Interval
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from safelight.datamodules.attack_prompts import read_attack_prompts
 from safelight.datamodules.concept_emoji import (
     STYLE_WORDS,
     check_emoji,
@@ -18,7 +21,22 @@ from safelight.datamodules.concept_emoji import (
     emoji_retain,
     neighbour_things,
 )
-from safelight.datamodules.concept_rows import ConceptPrompts, ConceptTestSet, GroupDataset, Pair, Role, flatten_groups
+from safelight.datamodules.concept_records import (
+    ConceptRecords,
+    Kind,
+    read_pairs,
+    refuse_other_settings,
+    with_seeds,
+)
+from safelight.datamodules.concept_rows import (
+    ConceptPrompts,
+    ConceptTestSet,
+    GroupDataset,
+    Pair,
+    Role,
+    flatten_groups,
+    repeat_over_noises,
+)
 from safelight.datamodules.concept_templates import spellings
 from safelight.datamodules.concept_texts import (
     file_prompts,
@@ -27,6 +45,7 @@ from safelight.datamodules.concept_texts import (
     template_prompts,
     text_anchor,
 )
+from safelight.datamodules.concept_wording import found_concept, replace_concept, with_article
 from safelight.datamodules.loading import ResumableLoader
 from safelight.errors import SafelightError
 
@@ -53,7 +72,7 @@ class ConceptDataModule(LightningDataModule):
         anchor: what takes its place: one for all, a list beside the list of concepts, or a mapping; None takes it from
             a table (for emoji things beyond it, the nearest harmless thing of another category).
         source: erase prompts: ``emoji`` scenes, our ``templates``, a ``.txt``, ``.csv`` or ``.tsv`` file of prompts
-            that name the concept, or a folder of records with latents to reach.
+            that name the concept, or a folder of records with latents to reach, which brings its own rows and tests.
         column: column of such a table, by number or by name in its header.
         kind: which templates: ``object``, ``character`` (50 scenes), ``nsfw`` (40 postures) or ``style`` (21).
         synonyms: other wordings that take turns with the concept; None for those known (gun, nude).
@@ -74,6 +93,7 @@ class ConceptDataModule(LightningDataModule):
         test_noises: noises per target prompt, at least.
         attack_file: a CSV file of adversarial prompts, which then are the target tests with the seeds it states.
         attack_format: its format; None recognises it by its columns.
+        attack_nudity: I2P rows with a smaller ``nudity_percentage`` are left out, percent.
         batch_size: groups per device and step.
         test_batch_size: test samples per device.
         seed: choice and order of prompts, and their noise seeds.
@@ -92,7 +112,7 @@ class ConceptDataModule(LightningDataModule):
         retain: str = "emoji",
         retain_column: int | str = 0,
         retain_per_erase: Annotated[int, Ge(1)] = 2,
-        neighbours: int | list[str] = 6,
+        neighbours: Annotated[int, Ge(0)] | list[str] = 6,
         retain_neighbours: bool = False,
         filter_ratio: Annotated[float, Interval(gt=0, le=1)] = 1.0,
         filter_scorer: Literal["clip", "clip_foreground", "distance"] = "clip",
@@ -101,6 +121,7 @@ class ConceptDataModule(LightningDataModule):
         test_noises: Annotated[int, Ge(1)] = 4,
         attack_file: str | None = None,
         attack_format: Literal["i2p", "ring_a_bell", "mma_diffusion", "p4d", "unlearn_diff_atk"] | None = None,
+        attack_nudity: Annotated[float, Interval(ge=0, le=100)] = 50.0,
         batch_size: Annotated[int, Ge(1)] = 4,
         test_batch_size: Annotated[int, Ge(1)] = 32,
         seed: Annotated[int, Ge(0)] = 0,
@@ -114,7 +135,7 @@ class ConceptDataModule(LightningDataModule):
         self._neighbours = neighbours
         self.filter_ratio, self.filter_scorer, self.filter_parity = filter_ratio, filter_scorer, filter_parity
         self.test_size, self.test_noises = test_size, test_noises
-        self.attack_file, self.attack_format = attack_file, attack_format
+        self.attack_file, self.attack_format, self.attack_nudity = attack_file, attack_format, attack_nudity
         self.batch_size, self.test_batch_size, self.seed = batch_size, test_batch_size, seed
         self.erased: dict[str, str] = {}
         """Concept to anchor."""
@@ -123,6 +144,8 @@ class ConceptDataModule(LightningDataModule):
         self.concepts: list[str] = []
         self.neighbour_words: list[str] = []
         self.retain_words: list[str] = []
+        self.record_settings: dict[str, Any] | None = None
+        """What the latents of a folder of records depend on; None for other sources."""
         self.train_set: GroupDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -132,6 +155,9 @@ class ConceptDataModule(LightningDataModule):
             SafelightError: an argument does not fit the others or the source.
         """
         if self.train_set is not None:
+            return
+        if Path(self.source).expanduser().is_dir():
+            self._set_up_from_records(read_pairs(Path(self.source).expanduser()))
             return
         emoji = self.source == "emoji"
         self.erased = erased_words(self._concept, self._anchor, emoji_anchor if emoji else text_anchor)
@@ -148,12 +174,54 @@ class ConceptDataModule(LightningDataModule):
         self.retain_words = list(dict.fromkeys(pair.concept for pair in kept_tests if pair.concept in known))
         first = self.seed * 1_000_000
         self.train_set = GroupDataset(prompts.erase, kept, self.retain_per_erase, first)
-        roles: dict[Role, Sequence[Pair]] = {
-            "target": prompts.target,
-            "neighbour": prompts.neighbour,
-            "retain": kept_tests,
-        }
-        self.test_set = ConceptTestSet(roles, TEST_SEEDS + first)
+        self._set_tests(prompts.target, prompts.neighbour, kept_tests)
+
+    def _set_tests(self, target: Sequence[Pair], neighbour: Sequence[Pair], retain: Sequence[Pair]) -> None:
+        roles: dict[Role, Sequence[Pair]] = {"target": target, "neighbour": neighbour, "retain": retain}
+        if self.attack_file is not None:
+            roles["target"] = self._attacks(Path(self.attack_file).expanduser())
+        self.test_set = ConceptTestSet(roles, TEST_SEEDS + self.seed * 1_000_000)
+
+    def _attacks(self, file: Path) -> list[Pair]:
+        """Adversarial prompts as target tests.
+
+        Most hide the concept, and then the anchor is what stands in its place alone.
+        """
+        first = next(iter(self.erased))
+        rows = []
+        for found in read_attack_prompts(file, self.attack_format, self.attack_nudity):
+            concept = found_concept(found.prompt, self.erased) or first
+            known = found_concept(found.prompt, self.erased) is not None
+            anchor = replace_concept(found.prompt, self.erased) if known else with_article(self.erased[first])
+            rows.append(Pair(found.prompt, anchor, concept, self.erased[concept], seed=found.seed))
+        return rows
+
+    def _set_up_from_records(self, records: ConceptRecords) -> None:
+        concepts = [self._concept] if isinstance(self._concept, str) else self._concept
+        asked = erased_words(self._concept, self._anchor, lambda word: records.erased.get(word, "unknown"))
+        if concepts != list(records.erased) or asked != records.erased:
+            raise SafelightError(
+                f"data.source: the records in {self.source} are of {records.erased}; set data.concept (now {concepts}) "
+                "and data.anchor to the same"
+            )
+        self.erased, self.kind, self.concepts, self.record_settings = (
+            records.erased, records.kind, records.concepts, records.settings,
+        )  # fmt: skip
+        self.concept, self.anchor_word = " and ".join(self.erased), " and ".join(dict.fromkeys(self.erased.values()))
+        targets = {pair: latent for (_, pair), latent in zip(records.rows, records.x0_target, strict=True)}
+        erase, retain = records.pairs("erase"), records.pairs("retain")
+        self.train_set = GroupDataset(erase, retain, self.retain_per_erase, targets=targets)
+        tests: dict[Role, list[Pair]] = {"target": [], "neighbour": [], "retain": []}
+        for role, pair in records.tests:
+            tests[role].append(pair)
+        if not records.tests:
+            # Nothing else is known of such records, so their own prompts are tested with noises they never had.
+            renewed = [[replace(pair, seed=None) for pair in pairs] for pairs in (erase, retain)]
+            tests["target"], tests["retain"] = (repeat_over_noises(pairs, self.test_size, 1) for pairs in renewed)
+        self._set_tests(tests["target"], tests["neighbour"], tests["retain"])
+        known = set(self.concepts)
+        self.neighbour_words = list(dict.fromkeys(pair.concept for pair in tests["neighbour"]))
+        self.retain_words = list(dict.fromkeys(pair.concept for pair in tests["retain"] if pair.concept in known))
 
     def _emoji(self) -> ConceptPrompts:
         words = [*self.erased, *self.erased.values()]
@@ -210,6 +278,39 @@ class ConceptDataModule(LightningDataModule):
         assert self.train_set is not None, "setup first"
         found = self.train_set
         return [(found.erase[group], found[place]["seed"][0]) for place, group in enumerate(found.places)]
+
+    def rows(self) -> list[tuple[Kind, Pair]]:
+        """All training rows, each with its seed, group by group; what latents are made of for :meth:`records`."""
+        assert self.train_set is not None, "setup first"
+        found: list[tuple[Kind, Pair]] = []
+        for place in range(len(self.train_set)):
+            pairs = with_seeds(self.train_set.pairs(place), self.train_set[place]["seed"])
+            found += [("retain" if row else "erase", pair) for row, pair in enumerate(pairs)]
+        return found
+
+    def records(self, x0_target: Tensor, settings: Mapping[str, Any]) -> ConceptRecords:
+        """The rows with latents to reach and the tests, as ``write_pairs`` writes them for ``source=<folder>``.
+
+        Args:
+            x0_target: (N, *latent_shape), one for each of :meth:`rows`.
+            settings: plain values that the latents depend on: model, steps, guidance, target mode.
+        """
+        tests = [(role, pair) for role, pair in self.test_set.rows]
+        return ConceptRecords(
+            dict(settings), dict(self.erased), self.kind, self.concepts, self.rows(), x0_target, tests
+        )
+
+    def check_records(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a run whose model or sampler is not the one that made the latents of ``source``.
+
+        Args:
+            settings: those of this run, as given to :meth:`records`.
+
+        Raises:
+            SafelightError: they differ; the message says in what.
+        """
+        if self.record_settings is not None:
+            refuse_other_settings(self.record_settings, settings)
 
     def keep_pairs(self, places: Sequence[int]) -> None:
         """Train on these groups only, such as those that a filter left; each keeps its prompts and its noise.

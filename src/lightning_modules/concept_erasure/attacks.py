@@ -114,8 +114,10 @@ def embedding_attack(
 ) -> Conditioning:
     """Perturb the prompt's embedding so that the erased model draws what the original one drew.
 
-    Adam on an additive perturbation, the only thing that gets a gradient. Each row of an embedding is perturbed in
-    units of its own root mean square, so one learning rate serves every model. Samples do not influence each other.
+    Adam on an additive perturbation, the only thing that gets a gradient, with one second moment for each row of an
+    embedding: one for each element would turn the step towards its signs, which on the sphere of ``radius`` is not
+    where the error is lowest. A row is perturbed in units of its own root mean square, so one learning rate serves
+    every model. Samples do not influence each other.
 
     Args:
         erased: the model under attack.
@@ -151,7 +153,6 @@ def embedding_attack(
             f"(rollout with trajectory=True), got {len(path)}"
         )
     perturbation = _Perturbation(cond, pooled, radius)
-    optimiser = torch.optim.Adam(perturbation.leaves, lr=lr)
     source = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         with torch.enable_grad():
@@ -164,10 +165,7 @@ def embedding_attack(
             gradients = torch.autograd.grad(error.sum(), perturbation.leaves)
         if loss == "final":
             perturbation.keep_best(error.detach())
-        for leaf, gradient in zip(perturbation.leaves, gradients, strict=True):
-            leaf.grad = gradient
-        optimiser.step()
-        perturbation.project()
+        perturbation.step(gradients, lr)
     if loss == "final":
         with torch.no_grad():
             perturbation.keep_best(final_error(erased, perturbation.applied(), noise, path[-1]))
@@ -188,6 +186,8 @@ class _Perturbation:
         self.leaves = [torch.zeros_like(value).requires_grad_() for value in wide]
         self._best = [leaf.detach().clone() for leaf in self.leaves]
         self._error: Tensor | None = None
+        self._moments = [(torch.zeros_like(leaf), torch.zeros_like(leaf[..., :1])) for leaf in self._best]
+        self._steps = 0
 
     def applied(self) -> Conditioning:
         """The conditioning with the perturbation in force."""
@@ -195,7 +195,17 @@ class _Perturbation:
         return self.cond | {key: self.cond[key] + scale * leaf for key, scale, leaf in parts}
 
     @torch.no_grad()
-    def project(self) -> None:
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """One step of Adam with row-wise second moments, then back into the bound."""
+        self._steps += 1
+        slow, fast = 1 - 0.9**self._steps, 1 - 0.999**self._steps
+        for leaf, gradient, (mean, square) in zip(self.leaves, gradients, self._moments, strict=True):
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient.square().mean(-1, keepdim=True), 0.001)
+            leaf.sub_(lr * (mean / slow) / ((square / fast).sqrt() + 1e-12))
+        self._project()
+
+    def _project(self) -> None:
         """Shrink each row that lies outside the bound onto it."""
         if self.radius is None:
             return

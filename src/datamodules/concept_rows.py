@@ -65,14 +65,16 @@ class GroupDataset(Dataset[dict[str, list[Any]]]):
     """Groups of one erase row and ``retain_per_erase`` retain rows, so that every batch has the same share of both.
 
     Args:
-        erase: pairs to erase, one group each.
+        erase: pairs to erase, dealt to the groups in turn.
         retain: pairs that should stay, dealt to the groups in turn and from the beginning when they run out.
         retain_per_erase: retain rows of a group.
+        groups: how many groups; None for one per pair to erase. With more, a pair comes again with another noise and
+            beside other retain rows.
         first_seed: noise seed of the first row; the others count on, so no two rows share one.
         targets: final latents to reach, for the erase rows and then for the retain rows, by their pairs.
 
-    Items: dict of lists of length ``1 + retain_per_erase``: ``prompt``, ``anchor``, ``erase``, ``seed`` and, where
-    targets were given, ``target``. :func:`flatten_groups` joins items into a batch.
+    Items: dict of lists of length ``1 + retain_per_erase``: ``prompt``, ``anchor``, ``erase``, ``seed``, ``concept``
+    (what the picture shows) and, where targets were given, ``target``. :func:`flatten_groups` joins items into a batch.
     """
 
     def __init__(
@@ -82,10 +84,11 @@ class GroupDataset(Dataset[dict[str, list[Any]]]):
         retain_per_erase: int,
         first_seed: int = 0,
         targets: Mapping[Pair, Tensor] | None = None,
+        groups: int | None = None,
     ) -> None:
         self.erase, self.retain, self.retain_per_erase = list(erase), list(retain), retain_per_erase
         self.first_seed, self.targets = first_seed, targets
-        self.places = list(range(len(self.erase)))
+        self.places = list(range(groups or len(self.erase)))
         """Which groups there are: all, until :meth:`only` chooses."""
 
     def only(self, places: Sequence[int]) -> GroupDataset:
@@ -99,7 +102,7 @@ class GroupDataset(Dataset[dict[str, list[Any]]]):
         group = self.places[index]
         start = group * self.retain_per_erase
         kept = [self.retain[(start + place) % len(self.retain)] for place in range(self.retain_per_erase)]
-        return [self.erase[group], *kept]
+        return [self.erase[group % len(self.erase)], *kept]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -112,6 +115,7 @@ class GroupDataset(Dataset[dict[str, list[Any]]]):
             "anchor": [row.anchor for row in rows],
             "erase": [True] + [False] * (len(rows) - 1),
             "seed": [first + place if row.seed is None else row.seed for place, row in enumerate(rows)],
+            "concept": [row.concept for row in rows],
         }
         if self.targets is not None:
             item["target"] = [self.targets[row] for row in rows]
@@ -125,8 +129,8 @@ def flatten_groups(groups: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, A
         groups: B items of :class:`GroupDataset`.
 
     Returns:
-        With n rows in all: ``prompt`` and ``anchor``, lists of n texts; ``erase``, bool (n,); ``seed``, int64 (n,); and
-        ``target``, (n, *latent_shape), where the groups have it.
+        With n rows in all: ``prompt``, ``anchor`` and ``concept``, lists of n texts; ``erase``, bool (n,); ``seed``,
+        int64 (n,); and ``target``, (n, *latent_shape), where the groups have it.
     """
     joined = {key: [value for group in groups for value in group[key]] for key in groups[0]}
     batch: dict[str, Any] = {
@@ -134,6 +138,7 @@ def flatten_groups(groups: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, A
         "anchor": joined["anchor"],
         "erase": torch.tensor(joined["erase"], dtype=torch.bool),
         "seed": torch.tensor(joined["seed"], dtype=torch.int64),
+        "concept": joined["concept"],
     }
     if "target" in joined:
         batch["target"] = torch.stack(joined["target"])

@@ -57,10 +57,11 @@ class ConceptDataModule(LightningDataModule):
     """Erase and retain prompts in groups, and test prompts of the erased thing, its neighbours and everything else.
 
     A training item is a group of one erase row and ``retain_per_erase`` retain rows, so ``batch_size`` counts groups.
-    A batch is flat: ``prompt`` and ``anchor`` (n texts; equal for retain rows), ``erase`` (n,) bool, ``seed`` (n,)
-    int64, and ``target`` (n, *latent_shape) where ``source`` is a folder of records. A test batch has lists ``prompt``,
-    ``anchor``, ``role`` (``target``, ``neighbour`` or ``retain``), ``concept`` and ``anchor_concept`` (words for what
-    the two pictures should show), and tensors ``seed`` and ``index``. No test prompt of the erased concept and no test
+    A batch is flat: ``prompt`` and ``anchor`` (n texts; equal for retain rows), ``concept`` (n words, what the prompt's
+    picture shows), ``erase`` (n,) bool, ``seed`` (n,) int64, and ``target`` (n, *latent_shape) where ``source`` is a
+    folder of records. A test batch has lists ``prompt``, ``anchor``, ``role`` (``target``, ``neighbour`` or
+    ``retain``), ``concept`` and ``anchor_concept`` (what the two pictures should show), and tensors ``seed`` and
+    ``index``. No test prompt of the erased concept and no test
     noise occurs in training.
 
     With ``source=emoji`` the test prompts are held-out scenes: between none and nine per thing (pistol: 5), so each is
@@ -77,6 +78,8 @@ class ConceptDataModule(LightningDataModule):
         kind: which templates: ``object``, ``character`` (50 scenes), ``nsfw`` (40 postures) or ``style`` (21).
         synonyms: other wordings that take turns with the concept; None for those known (gun, nude).
         pairs: erase prompts per concept (paper: 20 to 50).
+        groups: training groups; each erase prompt comes up several times, with another noise and beside other retain
+            prompts. None for one group per prompt, one noise each (the authors).
         retain: prompts that stay: ``emoji`` scenes, or a ``.txt``, ``.csv`` or ``.tsv`` file of captions (authors: the
             Conceptual Captions validation TSV, which has no header).
         retain_column: column of such a table.
@@ -109,6 +112,7 @@ class ConceptDataModule(LightningDataModule):
         kind: Literal["object", "character", "style", "nsfw"] = "object",
         synonyms: list[str] | None = None,
         pairs: Annotated[int, Ge(1)] = 24,
+        groups: Annotated[int, Ge(1)] | None = 120,
         retain: str = "emoji",
         retain_column: int | str = 0,
         retain_per_erase: Annotated[int, Ge(1)] = 2,
@@ -130,7 +134,7 @@ class ConceptDataModule(LightningDataModule):
         self.save_hyperparameters(logger=False)  # Lightning refuses to log names that the model has with other values
         self._concept, self._anchor = concept, anchor
         self.source, self.column, self.template_kind, self.synonyms = source, column, kind, synonyms
-        self.pairs, self.retain, self.retain_column = pairs, retain, retain_column
+        self.pairs, self.groups, self.retain, self.retain_column = pairs, groups, retain, retain_column
         self.retain_per_erase, self.retain_neighbours = retain_per_erase, retain_neighbours
         self._neighbours = neighbours
         self.filter_ratio, self.filter_scorer, self.filter_parity = filter_ratio, filter_scorer, filter_parity
@@ -166,14 +170,14 @@ class ConceptDataModule(LightningDataModule):
         self.concept, self.anchor_word = " and ".join(self.erased), " and ".join(dict.fromkeys(self.erased.values()))
         prompts = self._emoji() if emoji else self._texts()
         self.concepts, self.neighbour_words = prompts.concepts, prompts.neighbour_words
-        kept, kept_tests = self._retain(len(prompts.erase) * self.retain_per_erase)
+        kept, kept_tests = self._retain((self.groups or len(prompts.erase)) * self.retain_per_erase)
         tested = {pair.prompt for pair in [*prompts.neighbour, *kept_tests]}
         # Among styles: a scene held out in one may be a training scene in the other.
         kept = [pair for pair in kept if pair.prompt not in tested]
         known = set(self.concepts)
         self.retain_words = list(dict.fromkeys(pair.concept for pair in kept_tests if pair.concept in known))
         first = self.seed * 1_000_000
-        self.train_set = GroupDataset(prompts.erase, kept, self.retain_per_erase, first)
+        self.train_set = GroupDataset(prompts.erase, kept, self.retain_per_erase, first, groups=self.groups)
         self._set_tests(prompts.target, prompts.neighbour, kept_tests)
 
     def _set_tests(self, target: Sequence[Pair], neighbour: Sequence[Pair], retain: Sequence[Pair]) -> None:
@@ -277,7 +281,7 @@ class ConceptDataModule(LightningDataModule):
         """The erase pairs of training with their noise seeds, in the order of the groups; for scoring them."""
         assert self.train_set is not None, "setup first"
         found = self.train_set
-        return [(found.erase[group], found[place]["seed"][0]) for place, group in enumerate(found.places)]
+        return [(found.pairs(place)[0], found[place]["seed"][0]) for place in range(len(found))]
 
     def rows(self) -> list[tuple[Kind, Pair]]:
         """All training rows, each with its seed, group by group; what latents are made of for :meth:`records`."""

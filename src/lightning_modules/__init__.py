@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from safelight.lightning_modules.autoencoder.module import Autoencoder as Autoencoder
     from safelight.lightning_modules.base import SafelightModule as SafelightModule
     from safelight.lightning_modules.clip.module import Clip as Clip
+    from safelight.lightning_modules.concept_erasure.module import ConceptErasure as ConceptErasure
     from safelight.lightning_modules.ecodiff.module import EcoDiff as EcoDiff
     from safelight.lightning_modules.heal.module import Heal as Heal
     from safelight.lightning_modules.text_to_image.module import TextToImage as TextToImage

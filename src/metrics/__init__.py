@@ -27,6 +27,7 @@ _HOME = {
     "SampleRows": "samples",
     "ShuffledAccuracy": "accuracy",
     "cost_report": "cost",
+    "load_detector": "detection",
 }
 __all__ = sorted(_HOME)
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -30,7 +30,9 @@ def structural_similarity(prediction: Tensor, target: Tensor) -> Tensor:
             f"and {tuple(target.shape)}"
         )
     if min(prediction.shape[-2:]) < _WINDOW:
-        raise SafelightError(f"SSIM: pictures of {tuple(prediction.shape[-2:])} are smaller than the {_WINDOW} px window")
+        raise SafelightError(
+            f"SSIM: pictures of {tuple(prediction.shape[-2:])} are smaller than the {_WINDOW} px window"
+        )
     values = structural_similarity_index_measure(
         prediction.float(), target.float(), sigma=1.5, kernel_size=_WINDOW, reduction="none", data_range=1.0
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -167,3 +167,18 @@ def filter_pairs(
         latents = final_latents(generator, prompts, seeds, batch_size)
         pictures.append(torch.cat([generator.decode(z.to(generator.device)).cpu() for z in latents.split(batch_size)]))
     return kept_places(scorer(pictures[0], pictures[1], [pair.rest for pair in pairs]).cpu(), ratio, zeros)
+
+
+def keep_good_pairs(generator: Generator, data: Any, judge: str | None) -> None:
+    """Filter a data module's erase pairs as its ``filter_*`` arguments say.
+
+    Args:
+        generator: the original model.
+        data: a ``ConceptDataModule`` that is set up.
+        judge: CLIP folder or ``zoo:`` name for the scorers that need one; None where nothing can be decoded.
+    """
+    pairs, seeds = zip(*data.erase_pairs(), strict=True)
+    clip = ClipJudge(judge) if judge is not None and data.filter_scorer != "distance" else None
+    scorer = make_scorer(data.filter_scorer, pairs, clip)
+    zeros = len(pairs) * data.retain_per_erase if data.filter_parity else 0
+    data.keep_pairs(filter_pairs(generator, pairs, seeds, scorer, data.filter_ratio, zeros))

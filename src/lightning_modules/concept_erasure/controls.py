@@ -1,0 +1,87 @@
+"""What the learned mask is compared with, all of it in the same harness and on the same held-out samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from safelight.generators import Generator
+from safelight.lightning_modules.concept_erasure.calibration import Calibration
+from safelight.lightning_modules.concept_erasure.finetuning import finetune
+from safelight.lightning_modules.concept_erasure.minimality import Masks
+from safelight.lightning_modules.randomness import step_generator
+from safelight.masking import activation_scores, fold
+
+if TYPE_CHECKING:
+    from safelight.lightning_modules.concept_erasure.module import ConceptErasure
+
+
+def erasing_models(module: ConceptErasure) -> Iterator[tuple[str, Generator, Masks | None]]:
+    """Name, generator and masks of each model: ``dense``, the method itself (empty name), then the controls.
+
+    ``plain`` is every unit that training switched off, before giving back. ``random`` comes several times. The masks of
+    ``random`` and ``wanda`` have as many units off in every layer as ours.
+    """
+    generator, masks, calibration = module.generator, module.masks(), module.calibration()
+    yield "dense", generator, None
+    yield "", generator, masks
+    yield "plain", generator, module.plain_masks()
+    for draw in range(module.hparams.random_masks):
+        yield "random", generator, shuffled(masks, module.hparams.seed, draw)
+    yield "wanda", generator, wanda_masks(calibration, masks)
+    for objective in ("esd", "ca"):
+        yield objective, finetuned(module, calibration, objective), None
+
+
+def shuffled(masks: Masks, seed: int, draw: int) -> Masks:
+    """Masks that switch off as many units of every layer, at random places."""
+    stream = step_generator(seed, draw)
+    return {name: mask[torch.randperm(len(mask), generator=stream)] for name, mask in masks.items()}
+
+
+def wanda_masks(calibration: Calibration, like: Masks) -> Masks:
+    """Masks that switch off the units most active for the concept: activation x weight (ConceptPrune's idea).
+
+    A unit's score is the energy it sends into its layer's output for prompts with the concept, less that for their
+    anchors from the same noise. As many units as in ``like`` are switched off in every layer.
+    """
+    generator, specs = calibration.generator, list(calibration.bank.specs.values())
+
+    def energy(anchors: bool) -> Masks:
+        def run() -> None:
+            for rows in calibration.chunks(erase_only=True):
+                calibration.rollout(rows, anchors=anchors)
+
+        return activation_scores(generator.denoiser, specs, run)
+
+    concept, anchor = energy(False), energy(True)
+    masks = {}
+    for name, mask in like.items():
+        order = torch.argsort(concept[name] - anchor[name], descending=True, stable=True)
+        masks[name] = torch.ones_like(mask)
+        masks[name][order[: int((~mask).sum())]] = False
+    return masks
+
+
+def finetuned(module: ConceptErasure, calibration: Calibration, objective: str) -> Generator:
+    """A generator fine-tuned to erase the concept, by ESD or concept ablation."""
+    rows = [row for row, gone in enumerate(calibration.erase) if gone]
+    return finetune(
+        module.generator,
+        [calibration.prompts[row] for row in rows],
+        [calibration.anchors[row] for row in rows],
+        objective=objective,
+        steps=module.hparams.finetune_steps,
+        lr=module.hparams.finetune_lr,
+        seed=module.hparams.seed,
+    )
+
+
+def folded(generator: Generator, masks: Masks) -> Generator:
+    """The generator with the masks in its weights; the given one is not changed."""
+    erased = generator.with_denoiser(copy.deepcopy(generator.denoiser))
+    fold(erased.denoiser, masks)
+    return erased

@@ -1,0 +1,410 @@
+"""Concept erasure as a LightningModule: what is trained, on what loss, tested against which controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from safelight.errors import SafelightError
+from safelight.generators import Generator, load_generator
+from safelight.lightning_modules.base import SafelightModule
+from safelight.lightning_modules.concept_erasure.batches import Batch, read_batch
+from safelight.lightning_modules.concept_erasure.calibration import Calibration, first_rows
+from safelight.lightning_modules.concept_erasure.controls import erasing_models
+from safelight.lightning_modules.concept_erasure.evaluation import (
+    ROLES,
+    Inspector,
+    Measured,
+    TestBatch,
+    check_test_batch,
+    mean_of,
+    measure,
+)
+from safelight.lightning_modules.concept_erasure.minimality import Masks, fewest_off, learned_masks, units_off
+from safelight.lightning_modules.concept_erasure.objective import erasure_loss, noise_seeds, row_distances
+from safelight.lightning_modules.concept_erasure.pairs import keep_good_pairs
+from safelight.lightning_modules.concept_erasure.targets import ErasureTargets, FlowEditSettings
+from safelight.lightning_modules.randomness import step_seed
+from safelight.masking import MaskBank, UnitSpec, choose_groups, saturation_logit, save_masks
+from safelight.metrics import ClipJudge, load_detector
+
+
+class _DetachOnException(Callback):
+    """Lightning tells callbacks about exceptions, but not modules."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        cast(ConceptErasure, pl_module).on_fit_end()
+
+
+class ConceptErasure(SafelightModule):
+    """Learn which neurons of a text-to-image model to switch off so that one concept is gone and nothing else changes.
+
+    One logit per unit is trained through all sampling steps, on final latents only: prompts with the concept must end
+    where the frozen model ends for the anchor prompt, all others where it ended anyway (arXiv 2507.13386, "Minimalist
+    Concept Erasure in Generative Models").
+
+    Batches: a dict with ``prompt`` and ``anchor`` (B texts each), ``erase`` (B truth values) and ``seed`` (B integers,
+    of the noise); ``target`` (B, *latent) with ``target=file``. For testing, instead of ``erase``: ``role``
+    (``target``, ``neighbour`` or ``retain``), ``concept`` and ``anchor_concept`` (B words, what the two pictures show)
+    and ``index``.
+
+    Args:
+        backbone: shipped backbone name, pipeline folder, hub id, the mapping of a ``configs/backbone`` file, or a
+            ``Generator``.
+        groups: which units may be switched off: names of ``safelight.masking.groups.GROUPS``, or name to ``match`` (a
+            regular expression), ``site``, ``lr`` and ``init``; null for the paper's choice for this family.
+        lr: AdamW learning rate of the logits (paper: .5).
+        init: initial logit (paper: 3). From ``saturation_logit`` on no gate would ever have a gradient.
+        eps: softener of the gate's noise (paper: .5).
+        beta: weight of the rows to retain against those to erase (paper: .1 for FLUX).
+        distance: ``l2`` (paper) or ``l1`` between final latents.
+        target: where erased prompts should end: the dense model on the ``anchor`` prompt with the same noise, on the
+            ``empty`` prompt (the paper's formula), a ``flowedit`` of its own picture (the published code), or ``file``.
+        flowedit: settings of ``flowedit``: ``steps``, ``n_max``, ``n_avg``, ``source_guidance``, ``target_guidance``.
+        noise: ``pool`` keeps to the noises that the data give their rows, whose targets are then computed once,
+            ``fresh`` draws new ones in every step, ``fixed`` has one for all (the published code).
+        sparsity_weight: weight of the expected share of units that stay on (paper: 0).
+        off_weight: weight of the expected share of units that are switched off: the L0 term of minimality, ours.
+        minimality: ``give_back`` switches units on again after training as long as the concept stays gone on the
+            calibration samples (ours); ``none`` switches off every unit whose logit ended below zero (paper).
+        max_units_off: switch off exactly the so many units with the lowest logits instead; null for the threshold.
+        tolerated_rate: share of calibration prompts that may still show the concept when units are given back.
+        grad_mode: what the backward pass recomputes: ``step`` keeps T latents, ``step+block`` less, ``none`` recomputes
+            nothing.
+        weight_decay: AdamW weight decay on the logits (paper: .01).
+        calibration_rows: rows to erase, and as many to retain, for giving back, for the Wanda control and for
+            fine-tuning.
+        random_masks: random masks averaged for the control.
+        finetune_steps: optimisation steps of the fine-tuned controls (ESD and concept ablation).
+        finetune_lr: their learning rate (authors: 1e-5, for full-size models).
+        targets_folder: where dense latents are kept between runs; null for memory only.
+        detector: what finds the concept in pictures: CLIP folder or ``zoo:`` name, or the mapping of another detector
+            (``kind: zero_shot | vlm | nudenet``).
+        judge: CLIP folder or ``zoo:`` name that names the other things in the pictures.
+        seed: gates are a function of (seed, step), the same on all ranks.
+    """
+
+    frozen = ("denoiser", "vae")
+    families = ("flux", "sd3", "unet", "dit")
+    metric_names = (
+        "target_rate", "target_rate_before", "target_score", "anchor_rate", "retain_accuracy", "retain_accuracy_before",
+        "neighbour_accuracy", "neighbour_accuracy_before", "erase_mse", "retain_mse", "ssim", "clip_score",
+        "clip_score_before", "units_off", "units_off_share",
+    )  # fmt: skip
+    control_names = ("plain", "random", "wanda", "esd", "ca")
+
+    def __init__(
+        self,
+        *,
+        backbone: str | dict[str, Any] | Generator = "tiny_flux",
+        groups: list[str] | dict[str, dict[str, Any]] | None = None,
+        lr: Annotated[float, Gt(0)] = 0.5,
+        init: float = 3.0,
+        eps: Annotated[float, Gt(0)] = 0.5,
+        beta: Annotated[float, Ge(0)] = 0.1,
+        distance: Literal["l2", "l1"] = "l2",
+        target: Literal["anchor", "empty", "flowedit", "file"] = "anchor",
+        flowedit: dict[str, float | int | None] | None = None,
+        noise: Literal["pool", "fresh", "fixed"] = "pool",
+        sparsity_weight: Annotated[float, Ge(0)] = 0.0,
+        off_weight: Annotated[float, Ge(0)] = 0.0,
+        minimality: Literal["give_back", "none"] = "give_back",
+        max_units_off: Annotated[int, Ge(1)] | None = None,
+        tolerated_rate: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
+        grad_mode: Literal["none", "step", "step+block"] = "step",
+        weight_decay: Annotated[float, Ge(0)] = 0.01,
+        calibration_rows: Annotated[int, Ge(1)] = 32,
+        random_masks: Annotated[int, Ge(1)] = 3,
+        finetune_steps: Annotated[int, Ge(1)] = 100,
+        finetune_lr: Annotated[float, Gt(0)] = 1e-5,
+        targets_folder: str | None = None,
+        detector: str | dict[str, Any] = "zoo:tiny_clip",
+        judge: str = "zoo:tiny_clip",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Generator) else [])
+        self.generator = load_generator(backbone)
+        self.denoiser = self.generator.denoiser
+        self.vae = getattr(self.generator.pipeline, "vae", None)
+        self.groups = choose_groups(self.generator.family, groups)
+        self.group_specs = {name: group.find(self.denoiser, name) for name, group in self.groups.items()}
+        self.bank = MaskBank(self.specs, init=self._initial_logits(), delta=eps)
+        self.freeze_parts()
+        try:
+            settings = FlowEditSettings(**(flowedit or {}))  # type: ignore[arg-type]
+        except TypeError as error:
+            raise SafelightError(f"flowedit={flowedit!r}: {str(error).rpartition('() ')[2]}") from error
+        self.targets = ErasureTargets(self.generator, target, targets_folder, settings)
+        # What giving back and the controls are computed from; travels in the checkpoint, so that eval.py repeats them.
+        self.calibration_rows: list[list[Any]] = []
+        self.history: list[tuple[int, float, float, float]] = []
+        self._final_masks: Masks | None = None
+        self._test_batches: list[TestBatch] = []
+        self.measured: dict[str, Measured] = {}
+
+    @property
+    def specs(self) -> list[UnitSpec]:
+        """All units, group by group."""
+        specs = {spec.name: spec for specs in self.group_specs.values() for spec in specs}
+        if len(specs) != sum(map(len, self.group_specs.values())):
+            raise SafelightError(f"groups: {', '.join(self.groups)} share layers; make their expressions disjoint")
+        return list(specs.values())
+
+    def _initial_logits(self) -> dict[str, Tensor]:
+        """The groups' initial logits.
+
+        Raises:
+            SafelightError: they lie where no gate has a gradient.
+        """
+        limit = saturation_logit(delta=self.hparams.eps)
+        logits = {}
+        for name, group in self.groups.items():
+            init = float(self.hparams.init if group.init is None else group.init)
+            if abs(init) >= limit:
+                raise SafelightError(
+                    f"init={init:g} of group {name} lies in the dead zone: with eps={self.hparams.eps:g} no gate at "
+                    f"or beyond {limit:.3f} ever has a gradient; choose a smaller init"
+                )
+            logits |= {spec.name: torch.full((spec.n_units,), init) for spec in self.group_specs[name]}
+        return logits
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Put the gates into the denoiser."""
+        self._final_masks = None
+        self.bank.attach(self.denoiser)
+
+    def setup(self, stage: str) -> None:
+        """Let the data module drop erase pairs whose pictures differ in more than the concept (paper, appendix)."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and getattr(data, "filter_ratio", 1.0) < 1:
+            keep_good_pairs(self.generator, data, self.hparams.judge if self.vae is not None else None)
+
+    def on_train_start(self) -> None:
+        """Choose the calibration rows, unless the run is being continued."""
+        if self.trainer.global_step == 0:
+            self.calibration_rows = first_rows(self.trainer.train_dataloader, self.hparams.calibration_rows)
+
+    def on_fit_end(self) -> None:
+        """Take the gates out again, also after an exception."""
+        if self.bank._handles:
+            self.bank.detach()
+        self.bank.set_gates(None)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Only the one that takes the gates out after a crash."""
+        return [_DetachOnException()]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Erasure and retention of the masked sampler's final latents, and the two optional sparsity terms."""
+        rows = read_batch(batch, file=self.hparams.target == "file")
+        step = self.trainer.global_step
+        seeds = noise_seeds(rows.seeds, self.hparams.noise, step)
+        self.bank.set_gates(None)
+        goal = self._goal(rows, seeds)
+        self.bank.sample_steps(step_seed(self.hparams.seed, step), self.generator.num_inference_steps)
+        latent = self.generator.rollout(
+            self.generator.noise(seeds),
+            self.targets.dense.conditioning(rows.prompts),
+            checkpoint=self.hparams.grad_mode,
+            before_step=self.bank.use_step,
+        )
+        erase = torch.tensor(rows.erase, device=latent.device)
+        loss = erasure_loss(latent, goal, erase, self.hparams.beta, self.hparams.distance)
+        if self.hparams.sparsity_weight or self.hparams.off_weight:
+            kept = self.bank.expected_keep("units")
+            loss = loss + self.hparams.sparsity_weight * kept + self.hparams.off_weight * (1 - kept)
+        self._log_step(latent.detach(), goal, erase, loss)
+        return loss
+
+    def _goal(self, rows: Batch, seeds: Sequence[int]) -> Tensor:
+        """Where the rows should end, (B, ...)."""
+        if rows.target is None:
+            return self.targets.latents(rows.prompts, rows.anchors, rows.erase, seeds)
+        dense = self.targets.plain(rows.prompts, seeds)
+        erase = torch.tensor(rows.erase, device=dense.device).view(-1, *[1] * (dense.ndim - 1))
+        return torch.where(erase, rows.target.to(dense), dense)
+
+    def _log_step(self, latent: Tensor, goal: Tensor, erase: Tensor, loss: Tensor) -> None:
+        distances = row_distances(latent, goal, self.hparams.distance)
+        nothing = distances.new_zeros(())
+        parts = {"erase": distances[erase].mean() if erase.any() else nothing}
+        parts["retain"] = distances[~erase].mean() if not erase.all() else nothing
+        off = torch.cat([logits.detach() for logits in self.bank.logits.values()]).le(0).float().mean()
+        values = {f"train/{name}": value for name, value in parts.items()}
+        self.log_dict(values | {"train/off": off}, batch_size=len(latent))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(latent))
+        self.history.append((self.trainer.global_step, *(value.detach() for value in (*parts.values(), off))))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with one constant learning rate per group of units."""
+        logits = self.bank.named_logits()
+        groups = [
+            {
+                "params": [logits[spec.name] for spec in self.group_specs[name]],
+                "lr": float(self.hparams.lr if group.lr is None else group.lr),
+                "name": name,
+            }
+            for name, group in self.groups.items()
+        ]
+        return torch.optim.AdamW(groups, weight_decay=self.hparams.weight_decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the calibration rows."""
+        checkpoint["calibration_rows"] = self.calibration_rows
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back."""
+        self.calibration_rows = checkpoint["calibration_rows"]
+        self._final_masks = None
+
+    # -- masks -------------------------------------------------------------------------------------------------------
+
+    def masks(self) -> Masks:
+        """The final binary masks: threshold or exact number, then what minimality gives back."""
+        if self._final_masks is None:
+            masks = self.plain_masks()
+            if self.hparams.minimality == "give_back":
+                masks = self.calibration().give_back(masks, self.hparams.tolerated_rate)
+            self._final_masks = masks
+        return self._final_masks
+
+    def plain_masks(self) -> Masks:
+        """The masks without giving back."""
+        scores = {name: score.cpu() for name, score in self.bank.scores().items()}
+        if self.hparams.max_units_off is not None:
+            return fewest_off(scores, self.hparams.max_units_off)
+        return learned_masks(scores)
+
+    def calibration(self) -> Calibration:
+        """Samples from training prompts with noises of their own.
+
+        Raises:
+            SafelightError: there are none, because the module was never trained.
+        """
+        if not self.calibration_rows:
+            raise SafelightError("calibration: no samples; train first, or set minimality=none")
+        inspector = self.inspector([row[4] for row in self.calibration_rows]) if self.vae is not None else None
+        return Calibration(self.generator, self.bank, self.targets, self.calibration_rows, self.hparams.beta, inspector)
+
+    def concept(self) -> str:
+        """What is erased, in words."""
+        return " and ".join(dict.fromkeys(str(row[4]) for row in self.calibration_rows if row[2]))
+
+    def inspector(self, words: Sequence[str]) -> Inspector:
+        """Detector and judge; they choose between the data module's things, else between ``words``."""
+        data = getattr(self._trainer, "datamodule", None)
+        labels = list(getattr(data, "concepts", None) or sorted(set(words)))
+        judge = ClipJudge(self.hparams.judge).to(self.device)
+        detector = load_detector(self.hparams.detector, labels)
+        return Inspector(detector, judge, labels, style=getattr(data, "kind", "object") == "style")
+
+    # -- testing -----------------------------------------------------------------------------------------------------
+
+    def on_test_start(self) -> None:
+        """Forget what an earlier test collected."""
+        self._test_batches, self.measured = [], {}
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Let the dense model draw the held-out samples; the erased ones follow at the end, one model at a time."""
+        check_test_batch(batch)
+        prompts, anchors = list(batch["prompt"]), list(batch["anchor"])
+        noise = self.generator.noise([int(seed) for seed in batch["seed"]])
+        cond = self.targets.dense.conditioning(prompts)
+        dense = self.generator.rollout(noise, cond)
+        self._test_batches.append(
+            TestBatch(
+                prompts=prompts,
+                anchors=anchors,
+                roles=torch.tensor([ROLES.index(role) for role in batch["role"]]),
+                concepts=list(batch["concept"]),
+                anchor_concepts=list(batch["anchor_concept"]),
+                index=torch.as_tensor(batch["index"]),
+                noise=noise,
+                cond=cond,
+                dense=dense,
+                anchored=self.generator.rollout(noise, self.targets.dense.conditioning(anchors)),
+                pictures=self.generator.decode(dense) if self.vae is not None else None,
+            )
+        )
+
+    @torch.inference_mode(False)
+    def on_test_epoch_end(self) -> None:
+        """Measure dense, erased and the controls in one harness.
+
+        Outside inference mode, which Lightning tests in: giving back and the fine-tuned controls need gradients.
+        """
+        words = [*self.words("concept"), *self.words("anchor_concept")]
+        inspector = self.inspector(words) if self.vae is not None else None
+        total = sum(spec.n_units for spec in self.specs)
+        results: dict[str, list[Measured]] = {}
+        for name, generator, masks in erasing_models(self):
+            with self.bank.attached(generator.denoiser):
+                self.bank.set_gates(masks)
+                result = measure(generator, self._test_batches, inspector)
+                self.bank.set_gates(None)
+            off = units_off(masks or {})
+            result.metrics |= {"units_off": float(off), "units_off_share": off / total}
+            results.setdefault(name, []).append(result)
+        self.measured = {name: mean_of(several) for name, several in results.items()}
+        dense = self.measured["dense"].metrics
+        before = ("target_rate", "retain_accuracy", "neighbour_accuracy", "clip_score")
+        for result in self.measured.values():
+            result.metrics |= {f"{key}_before": dense[key] for key in before if key in dense}
+        for name, result in self.measured.items():
+            if name != "dense":
+                prefix = f"test/{name}/" if name else "test/"
+                self.log_dict({prefix + key: value for key, value in result.metrics.items()}, sync_dist=False)
+
+    # -- what is left behind -----------------------------------------------------------------------------------------
+
+    def erased(self) -> Generator:
+        """The generator with its masks folded into the weights: an ordinary diffusers model."""
+        from safelight.lightning_modules.concept_erasure.controls import folded
+
+        return folded(self.generator, self.masks())
+
+    def export(self, folder: Path) -> Path:
+        """Write the erased pipeline as a plain diffusers folder, and the masks beside it."""
+        from safelight.lightning_modules.concept_erasure.report import write_card, write_units
+
+        erased = self.erased()
+        if erased.pipeline is not None:
+            erased.save(folder, denoiser=erased.denoiser)
+        else:
+            cast(Any, erased.denoiser).save_pretrained(folder, safe_serialization=True)
+        meta = {"method": "concept_erasure", "backbone": self.generator.name, "groups": list(self.groups)}
+        save_masks(folder / "masks", self.masks(), self.specs, meta)
+        save_masks(folder / "logits", self.bank.scores(), self.specs, meta)
+        write_units(self, folder / "units.json")
+        write_card(self, folder)
+        return folder
+
+    def fill_report(self, report: Any) -> None:
+        """Pictures before and after, the table against the controls, units off per layer and training curves."""
+        from safelight.lightning_modules.concept_erasure.report import fill
+
+        fill(self, report)
+
+    def summary_table(self) -> list[dict[str, Any]] | None:
+        """Dense, erased and controls, one row each."""
+        from safelight.lightning_modules.concept_erasure.report import table
+
+        return table(self)
+
+    def full_size_command(self) -> str | None:
+        """The same on FLUX.1-schnell, eight devices."""
+        return (
+            "python train.py method=concept_erasure backbone=flux_schnell data.source=templates 'data.concept=gun' "
+            "data.retain=captions.tsv trainer=ddp trainer.devices=8"
+        )

@@ -23,6 +23,9 @@ class DenseTargets:
     A file's name is a hash of everything the latent depends on (model, sampler, steps, guidance, size, prompt, seed),
     so changed settings never meet a stale target.
 
+    Everything is computed one sample at a time: the last bits of a row depend on how many rows there are, and a resumed
+    run, whose cache starts empty, meets a sample in other company than the uninterrupted run did.
+
     Args:
         generator: the dense generator.
         folder: where to keep latents between runs; None for memory only.
@@ -55,10 +58,8 @@ class DenseTargets:
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning rows of the prompts on the denoiser's device; each distinct prompt is encoded once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cond]
-        if new:
-            encoded = self.generator.encode(new)
-            for row, prompt in enumerate(new):
-                self._cond[prompt] = {key: value[row : row + 1].cpu() for key, value in encoded.items()}
+        for prompt in new:
+            self._cond[prompt] = {key: value.cpu() for key, value in self.generator.encode([prompt]).items()}
         device = self.generator.device
         keys = self._cond[prompts[0]].keys()
         return {key: torch.cat([self._cond[prompt][key] for prompt in prompts]).to(device) for key in keys}
@@ -69,15 +70,17 @@ class DenseTargets:
         Args:
             prompts: B texts.
             seeds: B integers.
-            rollout: called with the rows that are not cached; returns their final latents.
+            rollout: called for each row that is not cached, with a list of that one number; returns its final latent
+                (1, ...).
         """
         pairs = list(zip(prompts, seeds, strict=True))
-        missing = self._missing(pairs)
-        if missing:
-            for row, latent in zip(missing, rollout(missing).cpu(), strict=True):
-                self._latents[pairs[row]] = latent.clone()
+        for row in self._missing(pairs):
+            pair = pairs[row]
+            if pair not in self._latents:  # a pair may stand in the batch twice
+                latent = rollout([row])[0].cpu()
+                self._latents[pair] = latent
                 if self.folder is not None:
-                    self._write(pairs[row], latent)
+                    self._write(pair, latent)
         return torch.stack([self._latents[pair] for pair in pairs]).to(self.generator.device)
 
     def know(self, prompts: Sequence[str], seeds: Sequence[int]) -> bool:

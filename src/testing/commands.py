@@ -18,9 +18,11 @@ from safelight.testing.running import TIMEOUT, free_port, rank_variables
 # What a run imports: done once, in the server that all processes are forked from. It never computes anything, so
 # nothing that a fork would break (a GPU, autograd's threads) has been started in it.
 _WARM = [
-    "torch", "lightning.pytorch", "torchmetrics", "tensorboard", "torch._dynamo", "safelight.cli.running",
-    "safelight.cli.validation", "safelight.callbacks.resume", "safelight.lightning_modules.base",
-    "safelight.reporting.report", "safelight.datamodules.loading", "safelight.testing.signals",
+    "torch", "lightning.pytorch", "torchmetrics", "tensorboard", "safelight.cli.running", "safelight.cli.validation",
+    "safelight.callbacks.resume", "safelight.lightning_modules.base", "safelight.reporting.report",
+    "safelight.datamodules.loading", "safelight.testing.signals",
+    # A second and a half of every run that has a pipeline.
+    "diffusers.pipelines.flux.pipeline_flux", "transformers.models.clip.modeling_clip", "peft",
 ]  # fmt: skip
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_WARM)

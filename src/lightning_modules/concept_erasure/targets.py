@@ -131,10 +131,9 @@ class ErasureTargets:
         """The dense model's final latents, (B, ...)."""
 
         def rollout(rows: list[int]) -> Tensor:
-            # Whole batches however few rows are new: the last bits depend on the batch size, and a resumed run, whose
-            # cache starts empty, must get what the uninterrupted one got.
+            cond = self.dense.conditioning([prompts[row] for row in rows])
             with torch.no_grad():
-                return self.generator.rollout(self.generator.noise(seeds), self.dense.conditioning(prompts))[rows]
+                return self.generator.rollout(self.generator.noise([seeds[row] for row in rows]), cond)
 
         return self.dense.latents(prompts, seeds, rollout)
 
@@ -142,7 +141,8 @@ class ErasureTargets:
         prompts, anchors, seeds = (list(column) for column in zip(*rows, strict=True))
 
         def edit(new: list[int]) -> Tensor:
-            return flow_edit(self.generator, latent, prompts, anchors, seeds, self.flow)[new]
+            texts, others, noises = ([column[row] for row in new] for column in (prompts, anchors, seeds))
+            return flow_edit(self.generator, latent[new], texts, others, noises, self.flow)
 
         names = [f"{prompt}\n{anchor}" for prompt, anchor in zip(prompts, anchors, strict=True)]
         return self._edited.latents(names, seeds, edit)

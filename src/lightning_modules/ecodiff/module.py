@@ -220,9 +220,7 @@ class EcoDiff(SafelightModule):
         def dense(rows: list[int]) -> Tensor:
             self.bank.set_gates(None)
             with torch.no_grad():
-                # Whole batches, however few rows are new: the last bits depend on the batch size, and a resumed run,
-                # whose cache starts empty, must get what the uninterrupted one got.
-                return self.generator.rollout(noise, cond)[rows]
+                return self.generator.rollout(noise[rows], {key: value[rows] for key, value in cond.items()})
 
         target = self.targets.latents(prompts, seeds, dense)
         return noise, cond, target

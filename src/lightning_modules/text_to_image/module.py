@@ -149,16 +149,17 @@ class TextToImage(SafelightModule):
 
     @torch.no_grad()
     def latents(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Latents of the pictures in the denoiser's layout, computed on first sight of an index."""
-        names = indices.tolist()
-        new = [row for row, name in enumerate(names) if name not in self._latents]
-        if new:
-            config = self.vae.config
-            mean = self.vae.encode(images[new].to(self.vae.dtype)).latent_dist.mode()
-            fresh = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
-            packed = self.generator._pack(fresh).to("cpu", self.generator.latent_dtype)
-            for row, latent in zip(new, packed, strict=True):
-                self._latents[names[row]] = latent
+        """Latents of the pictures in the denoiser's layout, computed on first sight of an index.
+
+        One picture at a time: the last bits depend on how many there are, and a resumed run, whose cache starts empty,
+        meets a picture in other company than the uninterrupted run did.
+        """
+        names, config = indices.tolist(), self.vae.config
+        for row, name in enumerate(names):
+            if name not in self._latents:
+                mean = self.vae.encode(images[row : row + 1].to(self.vae.dtype)).latent_dist.mode()
+                fresh = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+                self._latents[name] = self.generator._pack(fresh)[0].to("cpu", self.generator.latent_dtype)
         return torch.stack([self._latents[name] for name in names]).to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -34,6 +34,9 @@ class Kill(NamedTuple):
     step: int
     num_workers: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.place}-{self.step}-{self.num_workers}_workers"
+
 
 def _drawn(count: int, steps: int, seed: int) -> list[Kill]:
     """Different kills at random moments of a run; a third of them half-way through a checkpoint."""

@@ -148,6 +148,13 @@ def paper_index() -> str:
             command, number = ours.get(name, (f"`python train.py method={name}`", "not measured"))
             page = f"[`{method.class_name}`](methods/{name}.md)"
             lines.append(f"| {link} | {page} | {command} | {numbers or 'none quoted'} | {number} |")
+    lines += ["", "## One command per number", "", "Quoted figures stand beside a run's own in its report.", ""]
+    lines += ["| command | | quoted |", "|---|---|---|"]
+    for experiment in reading.experiments():
+        quoted = ", ".join(f"`{name}` {entry['value']}" for name, entry in experiment.paper.items())
+        page = f"[{experiment.method}](methods/{experiment.method}.md)"
+        command = f"`python train.py experiment={experiment.name}`"
+        lines.append(f"| {command} | {page}: {_cell(experiment.sentence)} | {quoted} |")
     if planned:
         lines += [
             "",

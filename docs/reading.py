@@ -42,9 +42,35 @@ class Method:
     tuned: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Experiment:
+    """One published number: a file of ``configs/experiment``."""
+
+    name: str
+    sentence: str
+    method: str
+    paper: dict[str, dict[str, Any]]
+
+
 def methods() -> list[Method]:
     """All shipped methods, in alphabetical order; found by their configuration like everywhere else."""
     return [_method(file) for file in sorted((CONFIGS / "method").glob("*.yaml"))]
+
+
+def experiments() -> list[Experiment]:
+    """All shipped experiments, in alphabetical order."""
+    found = []
+    for file in sorted((CONFIGS / "experiment").glob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        method = next(entry["override /method"] for entry in content["defaults"] if "override /method" in entry)
+        found.append(Experiment(file.stem, _sentence(text), method, content["paper"]))
+    return found
+
+
+def _sentence(text: str) -> str:
+    """The first comment of a configuration file: its line of ``--help``."""
+    return next(line[2:] for line in text.splitlines() if line.startswith("# ") and not line.startswith("# @"))
 
 
 def _method(file: Path) -> Method:
@@ -58,7 +84,7 @@ def _method(file: Path) -> Method:
     readme = METHODS / name / "README.md"
     return Method(
         name=name,
-        sentence=next(line[2:] for line in text.splitlines() if line.startswith("# ") and not line.startswith("# @")),
+        sentence=_sentence(text),
         class_name=class_name,
         summary=" ".join(summary.split()),
         details=details,

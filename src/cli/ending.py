@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safelight.cli import published
 from safelight.cli.folders import versions
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def summarise(
 
     Args:
         config: resolved configuration.
-        module: the method; its ``paper_numbers`` are taken over.
+        module: the method; its ``paper_numbers`` are taken over where the configuration quotes none.
         metrics: from ``test``.
         controls: from ``test``.
         artefact: what was exported.
@@ -73,7 +74,7 @@ def summarise(
         wall_seconds=round(time.monotonic() - started, 3),
         metrics=dict(metrics),
         controls={name: dict(values) for name, values in controls.items()},
-        paper={name: dict(entry) for name, entry in getattr(module, "paper_numbers", {}).items()},
+        paper=published.figures(config, module),
         artefact=shown_path(artefact) if artefact else None,
         eval_command=command,
         versions=versions(),

@@ -89,6 +89,7 @@ def help_text(program: str = "python train.py", searchpath: tuple[str, ...] = ()
         *listing("methods", "method", searchpath),
         *listing("backbones", "backbone", searchpath),
         *listing("data", "data", searchpath),
+        *listing("experiments", "experiment", searchpath),
         *listing("trainers", "trainer", searchpath),
         *listing("debug", "debug", searchpath),
         *_broken_plugins(),

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import annotated_types
 import yaml
 
-from safelight.cli import places
+from safelight.cli import places, published
 from safelight.cli.crosschecks import TARGET, cross_problems
 from safelight.cli.problems import Problem, did_you_mean, nearest
 from safelight.cli.signatures import Parameter, Signature, signature_of
@@ -130,7 +130,8 @@ def validate(config: Mapping[str, Any]) -> list[Problem]:
     problems.extend(problem for problem in places.check(config) if problem.where not in known)
     # What two blocks say together can be judged only when each says something that makes sense by itself.
     known = {problem.where for problem in problems}
-    return problems + [problem for problem in cross_problems(config) if problem.where not in known]
+    together = [*cross_problems(config), *published.problems(config)]
+    return problems + [problem for problem in together if problem.where not in known]
 
 
 def check_block(where: str, block: Mapping[str, Any], signature: Signature) -> Iterator[Problem]:

@@ -48,6 +48,16 @@ def test_paper_index_has_every_planned_or_present_method_once() -> None:
         assert (f"`{name}`" in below) != (f"(methods/{name}.md)" in above)
 
 
+def test_paper_index_has_the_command_of_every_published_number() -> None:
+    page = generate.pages()["papers.md"]
+    names = {p.stem for p in (REPOSITORY / "configs" / "experiment").glob("*.yaml")}
+    assert names == set(re.findall(r"^\| `python train.py experiment=(\w+)` \|", page, re.MULTILINE))
+    (row,) = (line for line in page.splitlines() if "experiment=ecodiff_healing_sdxl_50_lora`" in line)
+    assert "[heal](methods/heal.md)" in row
+    assert "`coco_fid` 53.89, `coco_clip_score` 0.28" in row
+    assert "&lt;run of ecodiff_healing_sdxl_50>" in row
+
+
 def test_the_drawing_is_that_of_the_imports() -> None:
     assert drawing.FILE.read_text(encoding="utf-8") == drawing.svg(), "run: python docs/drawing.py"
     floors = {room: level for level, row in enumerate(drawing.floors(drawing.graph())) for room in row}

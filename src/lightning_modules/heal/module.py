@@ -246,6 +246,11 @@ def load_pair(
             f"teacher: {dense.name} ({type(dense.denoiser).__name__}) is not the dense model of {given.name} "
             f"({type(given.denoiser).__name__}): class or latent channels differ"
         )
+    if keep is None and not is_pruned and dense.source is not None and given.source == dense.source:
+        raise SafelightError(
+            f"backbone: {given.name} is the dense teacher itself, so there is nothing to heal; give the folder of a "
+            "pruning run as backbone, or a share to keep"
+        )
     # A denoiser that others hold must not get the adapters.
     shared = teacher is None or isinstance(backbone, Generator)
     pruned = copy.deepcopy(given.denoiser) if shared else given.denoiser

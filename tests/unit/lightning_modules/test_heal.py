@@ -267,6 +267,11 @@ def test_a_pruned_backbone_is_healed_as_it_is(tmp_path: Path) -> None:
         Heal(backbone=str(tmp_path), teacher=tiny("unet_sdxl"), rank=2)
 
 
+def test_a_dense_model_is_not_healed_towards_itself() -> None:
+    with pytest.raises(SafelightError, match="tiny_flux is the dense teacher itself"):
+        Heal(backbone="tiny_flux", teacher="tiny_flux", keep=None)
+
+
 def test_the_users_generator_keeps_its_weights() -> None:
     generator = tiny()
     before = {name: value.clone() for name, value in generator.denoiser.state_dict().items()}

@@ -1,0 +1,211 @@
+"""Files of ``tuned/`` and ``experiment/`` against what was published: EcoDiff (arXiv 2412.02852) and its settings files.
+
+The tables are written as the sources have them, one column or row each, not as our files are: a line that is lost or a
+digit that is swapped in a file fails here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safelight.cli import compose
+from safelight.cli.composing import options
+from safelight.cli.validation import validate
+from shipped import chosen, flat, read
+
+pytestmark = pytest.mark.usefixtures("clean_run_environment")
+REPOSITORY = Path(__file__).parents[3]
+
+
+# -- the papers' settings ----------------------------------------------------------------------------------------------
+
+# The published YAML files of EcoDiff, one column each: beta; learning rates of heads, neurons, modulation; initial
+# logit; delta; regulariser. A rate of 0 (or none, SD3.5 and DiT) leaves modulation alone; DiT gives one global rate and
+# no delta, for which the published gate function has 1e-8.
+GATES: dict[str, tuple[float, float, float, float, float, float, str]] = {
+    "sdxl": (0.5, 0.1, 0.1, 0.0, 3.0, 0.5, "l1"),
+    "flux_dev": (0.01, 0.5, 0.1, 0.5, 3.0, 0.1, "l1_sigmoid"),
+    "flux_schnell": (0.01, 0.5, 0.1, 0.5, 3.0, 0.1, "l1_sigmoid"),
+    "sd35_large": (0.5, 0.2, 0.2, 0.0, 4.0, 1.0, "l1"),
+    "sd2": (1.0, 0.2, 0.2, 0.0, 2.5, 0.5, "l1"),
+    "dit_xl2": (1.0, 0.5, 0.5, 0.0, 10.0, 1e-8, "l2"),
+}
+# Healing with LoRA: rank, learning rate, batch, accumulated batches, steps.
+LORA: dict[str, tuple[int, float, int, int, int]] = {
+    "sdxl": (16, 1e-6, 32, 1, 10_000),
+    "flux_dev": (256, 1e-6, 2, 2, 40_000),
+}
+
+
+def tuned(name: str) -> dict[str, Any]:
+    """What a file of ``tuned/`` must say."""
+    method, _, backbone = name.partition("-")
+    if method == "heal":
+        rank, lr, batch, accumulated, steps = LORA[backbone]
+        expected = {
+            "method.teacher": backbone,
+            "method.objective": "denoise",  # the ordinary loss on the dense model's images
+            "method.rank": rank,
+            "method.lr": lr,
+            "data.batch_size": batch,
+            "trainer.max_steps": steps,
+        }
+        return expected | ({"trainer.accumulate_grad_batches": accumulated} if accumulated > 1 else {})
+    beta, head, neuron, modulation, init, delta, regulariser = GATES[backbone]
+    return {
+        "method.beta": beta,
+        "method.head_lr": head,
+        "method.neuron_lr": neuron,
+        "method.modulation_lr": modulation,
+        "method.init": init,
+        "method.delta": delta,
+        "method.regulariser": regulariser,
+        "method.kinds": ["head", "neuron", "modulation"] if modulation else ["head", "neuron"],
+        "method.target_strength": 0.0,  # the authors reach their sparsity by beta alone
+        "method.correction": "after",  # ours: `joint` would not fit at these sizes
+    }
+
+
+@pytest.mark.parametrize("name", options("tuned"))
+def test_tuned_settings_are_the_published_ones(name: str) -> None:
+    method, _, backbone = name.partition("-")
+    assert flat(read(f"tuned/{name}")) == tuned(name)
+    config = compose([f"method={method}", f"backbone={backbone}"])
+    assert config["choices"]["tuned"] == name
+    assert tuned(name).items() <= flat(config).items()
+    assert validate(config) == []
+
+
+def test_every_published_pair_is_tuned() -> None:
+    assert set(options("tuned")) == {*(f"ecodiff-{name}" for name in GATES), *(f"heal-{name}" for name in LORA)}
+
+
+# -- experiments -------------------------------------------------------------------------------------------------------
+
+# Main table: FID and CLIP score on COCO, FID on Flickr30k; share of the prunable parameters that stays, published seed,
+# objective.
+MAIN = {
+    "ecodiff_main_sdxl": ("sdxl", (32.19, 0.33, 40.91), 0.781, 44, None),
+    "ecodiff_main_sdxl_per_step": ("sdxl", (97.36, 0.22, 110.53), 0.781, 44, "per_step"),
+    "ecodiff_main_flux_dev": ("flux_dev", (30.81, 0.32, 42.58), 0.8, 48, None),
+    "ecodiff_main_flux_schnell": ("flux_schnell", (31.76, 0.30, 43.25), 0.8, 48, None),
+}
+# Sparsity and healing on SDXL, 50 steps of mask learning, not healed: FID and CLIP score on COCO.
+UNHEALED = {25: (34.61, 0.32), 40: (43.19, 0.30), 50: (81.76, 0.26)}
+FIGURES = ("coco_fid", "coco_clip_score", "flickr_fid")
+
+
+def pruning(backbone: str, keep: float, seed: int, steps: int, objective: str | None = None) -> dict[str, Any]:
+    """The authors' mask learning: 100 prompts, batches of 1, 4 accumulated, decay of the logits, no correction."""
+    expected = {
+        "seed": seed,
+        "method.keep": keep,
+        "method.correction": "none",
+        "method.weight_decay": 0.01,
+        "method.judge": None,
+        "data.size": 100,
+        "data.batch_size": 1,
+        "trainer.max_steps": steps,
+        "trainer.accumulate_grad_batches": 4,
+    }
+    return expected | ({"method.objective": objective} if objective else {})
+
+
+def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[float, bool]]]:
+    """Method, backbone, settings and figures (value, measured by us) of a file of ``experiment/``."""
+    if name in MAIN:
+        backbone, numbers, keep, seed, objective = MAIN[name]
+        quoted = dict(zip(FIGURES, numbers, strict=True))
+        settings = pruning(backbone, keep, seed, 100, objective)
+    elif name == "ecodiff_healing_sdxl_50_lora":
+        settings = {"seed": 44, "method.teacher": "sdxl", "method.keep": None, "data.size": 100}
+        return "heal", "sdxl", settings, {"coco_fid": (53.89, False), "coco_clip_score": (0.28, False)}
+    elif name.startswith("ecodiff_healing_sdxl_"):
+        percent = int(name.rpartition("_")[2])
+        backbone, keep, quoted = "sdxl", 1 - percent / 100, dict(zip(FIGURES, UNHEALED[percent], strict=False))
+        settings = pruning(backbone, keep, 44, 50)
+    else:
+        backbone = name.removeprefix("ecodiff_readme_")
+        settings = {"seed": 0, "method.keep": 0.8, "data.size": 120, "data.test_size": 96, "data.batch_size": 8}
+        figures = {metric: (value, True) for metric, value in readme_row(backbone).items()}
+        return "ecodiff", backbone, settings | {"trainer.max_steps": 100}, figures
+    figures = {metric: (value, False) for metric, value in quoted.items()}
+    return "ecodiff", backbone, settings, figures | {"keep_params": (keep, True)}
+
+
+def readme_row(backbone: str) -> dict[str, float]:
+    """Our own number, read from where it is published."""
+    if backbone == "tiny_flux":
+        text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+        (row,) = re.findall(r"^pruned \(ours\) +(.*)$", text, re.MULTILINE)
+        names = ("keep_params", "latent_mse_median", "ssim", "clip_accuracy", "flops_ratio")
+        return dict(zip(names, map(float, row.split()[:-1]), strict=True))  # the last column is a clock's
+    text = (REPOSITORY / "src/lightning_modules/ecodiff/README.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith(f"| {backbone} | 80% | 3 |")).split("|")
+    return {"latent_mse_median": float(row[4].split()[0]), "clip_accuracy": float(row[-2].split()[0]) / 100}
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_an_experiment_is_what_was_published(name: str) -> None:
+    method, backbone, settings, figures = experiment(name)
+    content = read(f"experiment/{name}")
+    paper = content.pop("paper")
+    assert chosen(f"experiment/{name}") == {"method": method, "backbone": backbone, "data": "prompts"}
+    assert flat(content) == settings
+    assert {key: (entry["value"], entry.get("measured", True)) for key, entry in paper.items()} == {
+        key: (pytest.approx(value), measured) for key, (value, measured) in figures.items()
+    }
+    for entry in paper.values():
+        assert re.search(r"table|README|masks|row", entry["source"])
+    config = compose([f"experiment={name}"])
+    assert validate(config) == []
+    assert config["choices"]["method"] == method
+    assert config["backbone"]["name"] == backbone
+    # The published settings of the pair come along.
+    published = tuned(f"{method}-{backbone}") if f"{method}-{backbone}" in options("tuned") else {}
+    assert (published | settings).items() <= flat(config).items()
+    # What is typed wins.
+    assert compose([f"experiment={name}", "method.keep=0.9"])["method"]["keep"] == 0.9
+
+
+def test_every_published_row_has_its_file() -> None:
+    rows = {*MAIN, *(f"ecodiff_healing_sdxl_{percent}" for percent in UNHEALED), "ecodiff_healing_sdxl_50_lora"}
+    assert set(options("experiment")) == rows | {"ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl"}
+
+
+def test_the_size_of_the_published_masks_is_ours() -> None:
+    """2 088 752 388 of SDXL's 2 567 463 684 parameters are left; the rest were prunable ones."""
+    from safelight.generators import build_denoiser_on_meta
+    from safelight.masking import find_units, prunable_params
+
+    denoiser = build_denoiser_on_meta("sdxl")
+    whole = sum(parameter.numel() for parameter in denoiser.parameters())
+    assert whole == 2_567_463_684
+    left = 1 - (whole - 2_088_752_388) / prunable_params(find_units(denoiser))
+    assert read("experiment/ecodiff_main_sdxl")["method"]["keep"] == pytest.approx(left, abs=5e-4)
+
+
+NETWORKS = [(method, backbone) for method, _, backbone in (name.partition("-") for name in options("tuned"))]
+
+
+@pytest.mark.parametrize(("method", "backbone"), NETWORKS)
+def test_full_size_networks_have_what_the_settings_ask_for(method: str, backbone: str) -> None:
+    """On the meta device: units of each kind that is to be pruned, layers wide enough for the adapters."""
+    from safelight.generators import build_denoiser_on_meta
+    from safelight.lightning_modules.heal.lora import lora_targets
+    from safelight.masking import find_units
+
+    settings, denoiser = (
+        compose([f"method={method}", f"backbone={backbone}"])["method"],
+        build_denoiser_on_meta(backbone),
+    )
+    if method == "heal":
+        shapes = [denoiser.get_submodule(path).weight.shape for path in lora_targets(denoiser, None)]
+        assert len(shapes) > 100
+        assert settings["rank"] < min(map(min, shapes))
+    else:
+        assert {spec.kind for spec in find_units(denoiser, settings["kinds"])} == set(settings["kinds"])

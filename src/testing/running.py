@@ -93,9 +93,13 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[floa
 
 
 @cache
-def _pool() -> ProcessPoolExecutor:
-    """Two fresh interpreters that stay for the next task: importing torch and diffusers takes longer than a task."""
-    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
+def _pool() -> tuple[ProcessPoolExecutor, ProcessPoolExecutor]:
+    """Two fresh interpreters that stay for the next task: importing torch and diffusers takes longer than a task.
+
+    Each has a queue of its own, so that it is the same rank every time: torch remembers which shard is whose.
+    """
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, initializer=_start), ProcessPoolExecutor(1, context, initializer=_start)
 
 
 def _start() -> None:
@@ -109,7 +113,7 @@ def in_fresh_process(task: Callable[..., Any], *arguments: Any) -> Any:
         task: a function or method that can be pickled.
         arguments: its arguments.
     """
-    return _results([_pool().submit(_alone, task, arguments)])[0]
+    return _results([_pool()[0].submit(_alone, task, arguments)])[0]
 
 
 def on_two_ranks(task: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -120,8 +124,7 @@ def on_two_ranks(task: Callable[..., Any], *arguments: Any) -> list[Any]:
         arguments: its arguments.
     """
     port = free_port()
-    # Each waits for the other, so the pool cannot give both to one process.
-    return _results([_pool().submit(_as_rank, rank, port, task, arguments) for rank in (0, 1)])
+    return _results([_pool()[rank].submit(_as_rank, rank, port, task, arguments) for rank in (0, 1)])
 
 
 def free_port() -> int:
@@ -151,19 +154,16 @@ def _results(futures: list[Future[Any]]) -> list[Any]:
     failed = next((future.exception() for future in done if future.exception()), None)
     if failed or waiting:
         # The other rank would wait for ever.
-        for process in _pool()._processes.values():
-            process.kill()
-        _pool().shutdown(wait=False, cancel_futures=True)
+        for pool in _pool():
+            for process in pool._processes.values():
+                process.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
         _pool.cache_clear()
         raise failed or TimeoutError(f"no result after {TIMEOUT} s")
     return [future.result() for future in futures]
 
 
 def _alone(task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    from lightning.pytorch.utilities import rank_zero_only
-
-    # An earlier task may have been rank 1.
-    rank_zero_only.rank = 0  # type: ignore[attr-defined]
     with without_hydra():
         return task(*arguments)
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from safelight.masking.hardening import removed_params as removed_params
     from safelight.masking.load import load_pipeline as load_pipeline
     from safelight.masking.load import load_pruned as load_pruned
+    from safelight.masking.merging import merge_masks as merge_masks
+    from safelight.masking.merging import overlap as overlap
     from safelight.masking.removal import fold as fold
     from safelight.masking.removal import remove as remove
     from safelight.masking.units import KINDS as KINDS
@@ -63,6 +65,8 @@ _HOME = {
     "harden": "hardening",
     "kept_fraction": "hardening",
     "removed_params": "hardening",
+    "merge_masks": "merging",
+    "overlap": "merging",
     "fold": "removal",
     "remove": "removal",
     "Compensation": "compensation",

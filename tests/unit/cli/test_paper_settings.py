@@ -1,4 +1,4 @@
-"""Files of ``tuned/`` and ``experiment/`` against what was published: EcoDiff (arXiv 2412.02852) and its settings files.
+"""Files of ``tuned/`` and ``experiment/`` against what was published: EcoDiff, arXiv 2412.02852, and its settings.
 
 The tables are written as the sources have them, one column or row each, not as our files are: a line that is lost or a
 digit that is swapped in a file fails here.

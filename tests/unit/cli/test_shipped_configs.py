@@ -25,10 +25,8 @@ pytestmark = pytest.mark.usefixtures("clean_run_environment")
 # Arguments that the run itself fills in.
 GIVEN = {"callbacks": {"folder"}, "logger": {"save_dir"}}
 # Files that speak about the whole run, and files that are one block.
-WIDE, BLOCKS = (
-    ("method", "tuned", "experiment", "debug"),
-    ("data", "backbone", "trainer", "callbacks", "logger", "sweep"),
-)
+WIDE = ("method", "tuned", "experiment", "debug")
+BLOCKS = ("data", "backbone", "trainer", "callbacks", "logger", "sweep")
 
 
 def composed_with(file: str) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def file_prompts(
     neighbours: Sequence[str],
     test_size: int,
     test_noises: int,
+    others: Mapping[str, str] | None = None,
 ) -> ConceptPrompts:
     """Erase pairs and tests from a file of prompts that name the concept; the first train and the next test.
 
@@ -121,12 +122,15 @@ def file_prompts(
         neighbours: words put in the concept's place in the test prompts to see whether they stay.
         test_size: target tests per concept, and neighbour tests in all.
         test_noises: noises per target prompt, at least.
+        others: further wordings and their anchors, of the concept whose anchor they share or else of the first.
 
     Raises:
         SafelightError: a prompt holds no concept, or there are too few of them.
     """
     keys = {wording: concept for concept in erased for wording in spellings(concept, synonyms)}
-    anchors = {wording: erased[concept] for wording, concept in keys.items()}
+    anchors = {wording: erased[concept] for wording, concept in keys.items()} | dict(others or {})
+    by_anchor = {anchor: concept for concept, anchor in erased.items()}
+    keys |= {wording: by_anchor.get(anchor, next(iter(erased))) for wording, anchor in (others or {}).items()}
     by_concept: dict[str, list[str]] = {concept: [] for concept in erased}
     for prompt in dict.fromkeys(read_prompts(file, column)):
         replace_concept(prompt, anchors)  # raises where there is nothing to replace

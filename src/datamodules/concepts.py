@@ -64,35 +64,36 @@ class ConceptDataModule(LightningDataModule):
     ``index``. No test prompt of the erased concept and no test
     noise occurs in training.
 
-    With ``source=emoji`` the test prompts are held-out scenes: between none and nine per thing (pistol: 5), so each is
+    With ``source=emoji`` the test prompts are held-out scenes: between none and eight per thing (pistol: 5), so each is
     drawn with several noises; a thing with fewer than two gives up training scenes for it.
 
     Args:
         concept: what is erased: a thing, a ``noto style`` or ``twemoji style``, any words for other sources; several to
             erase them jointly.
-        anchor: what takes its place: one for all, a list beside the list of concepts, or a mapping; None takes it from
-            a table (for emoji things beyond it, the nearest harmless thing of another category).
-        source: erase prompts: ``emoji`` scenes, our ``templates``, a ``.txt``, ``.csv`` or ``.tsv`` file of prompts
+        anchor: what takes its place; one for all, a list beside the list of concepts, or a mapping, which for a file of
+            prompts may have further wordings; None takes it from a table (for emoji things beyond it, the nearest
+            harmless thing of another category).
+        source: erase prompts; ``emoji`` scenes, our ``templates``, a ``.txt``, ``.csv`` or ``.tsv`` file of prompts
             that name the concept, or a folder of records with latents to reach, which brings its own rows and tests.
         column: column of such a table, by number or by name in its header.
-        kind: which templates: ``object``, ``character`` (50 scenes), ``nsfw`` (40 postures) or ``style`` (21).
+        kind: which templates; ``object``, ``character`` (50 scenes), ``nsfw`` (40 postures) or ``style`` (21).
         synonyms: other wordings that take turns with the concept; None for those known (gun, nude).
-        pairs: erase prompts per concept (paper: 20 to 50).
+        pairs: erase prompts per concept, 20 to 50 in the paper.
         groups: training groups; each erase prompt comes up several times, with another noise and beside other retain
-            prompts. None for one group per prompt, one noise each (the authors).
-        retain: prompts that stay: ``emoji`` scenes, or a ``.txt``, ``.csv`` or ``.tsv`` file of captions (authors: the
-            Conceptual Captions validation TSV, which has no header).
+            prompts. None for one group per prompt, one noise each, as the authors do.
+        retain: prompts that stay; ``emoji`` scenes, or a ``.txt``, ``.csv`` or ``.tsv`` file of captions such as the
+            authors' Conceptual Captions validation TSV, which has no header.
         retain_column: column of such a table.
-        retain_per_erase: retain rows beside every erase row (authors: 1).
+        retain_per_erase: retain rows beside every erase row, 1 in the authors' code.
         neighbours: how many related things are tested, or which.
         retain_neighbours: let training keep the neighbours too; otherwise it never sees them, and their test tells how
             far the erasure spreads by itself. Emoji retain prompts only.
-        filter_ratio: share of erase pairs that training keeps, those that change the least beside the concept (FLUX:
-            0.9); the method draws and scores them.
+        filter_ratio: share of erase pairs that training keeps, those that change the least beside the concept; the
+            method draws and scores them (0.9 in the authors' FLUX runs).
         filter_scorer: how pairs are scored: by CLIP on what is around the concept, the same with a penalty where the
             concept is not in the first picture, or by the distance of the pictures.
         filter_parity: take the quantile as the authors do, who count every retain prompt as a pair of score 0.
-        test_size: test samples per role (targets: per concept).
+        test_size: test samples per role, and for targets per concept.
         test_noises: noises per target prompt, at least.
         attack_file: a CSV file of adversarial prompts, which then are the target tests with the seeds it states.
         attack_format: its format; None recognises it by its columns.
@@ -263,8 +264,13 @@ class ConceptDataModule(LightningDataModule):
             )  # fmt: skip
         return file_prompts(
             Path(self.source).expanduser(), self.column, self.erased, synonyms=self.synonyms, pairs=self.pairs,
-            neighbours=near, test_size=self.test_size, test_noises=self.test_noises,
+            neighbours=near, test_size=self.test_size, test_noises=self.test_noises, others=self._other_wordings(),
         )  # fmt: skip
+
+    def _other_wordings(self) -> dict[str, str]:
+        """What a mapping of anchors has besides the concepts: more words of theirs, such as a plural."""
+        given = self._anchor if isinstance(self._anchor, dict) else {}
+        return {word: anchor for word, anchor in given.items() if word not in self.erased}
 
     def _retain(self, size: int) -> tuple[list[Pair], list[Pair]]:
         if self.retain == "emoji":
@@ -273,6 +279,7 @@ class ConceptDataModule(LightningDataModule):
                 self.erased, [] if self.retain_neighbours else near, near, test_size=self.test_size, seed=self.seed
             )
         wordings = [word for concept in self.erased for word in spellings(concept, self.synonyms)]
+        wordings += self._other_wordings()
         return retain_captions(
             Path(self.retain).expanduser(), self.retain_column, wordings, size=size, test_size=self.test_size
         )

@@ -156,6 +156,35 @@ def test_prompt_file(
         data_module(f"data.source={tmp_path / name}", *arguments)
 
 
+# The same files where concept erasure reads them; what its own readers refuse is in tests/unit/datamodules.
+CONCEPT_TABLES: list[tuple[str, str, bytes, list[str]]] = [
+    ("source", "empty.csv", b"", ["empty.csv holds no prompts"]),
+    ("source", "other.txt", b"a cat\n", ["'a cat' holds none of", "data.anchor"]),
+    ("source", "few.txt", b"a pistol\n", ["few.txt holds 1 prompts with 'pistol'", "data.pairs=24"]),
+    ("retain", "latin.tsv", "caf\u00e9\n".encode("latin-1"), ["data.retain", "latin.tsv is not text in UTF-8"]),
+    ("retain", "short.txt", b"a cat\n", ["short.txt holds 1 different captions", "ask for 72"]),
+    ("attack_file", "captions.csv", b"caption,url\na,b\n", ["['caption', 'url']", "no known format"]),
+    ("attack_file", "seeds.csv", b"prompt,evaluation_seed\na,b\n", ["line 2 of seeds.csv", "'b' as evaluation_seed"]),
+]
+
+
+@pytest.mark.parametrize(("argument", "name", "content", "words"), CONCEPT_TABLES, ids=[r[1] for r in CONCEPT_TABLES])
+def test_concept_file(tmp_path: Path, argument: str, name: str, content: bytes, words: list[str]) -> None:
+    from safelight.cli import compose
+    from safelight.cli.building import build_datamodule
+    from safelight.errors import SafelightError
+
+    (tmp_path / name).write_bytes(content)
+    data = build_datamodule(
+        compose(["method=ecodiff", "data=concepts", "data.anchor=camera", f"data.{argument}={tmp_path / name}"])
+    )
+    assert data is not None
+    with pytest.raises(SafelightError) as caught:
+        data.setup("fit")
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_a_folder_of_prompts(data_module: Callable[..., object], tmp_path: Path) -> None:
     with refusal("is a folder"):
         data_module(f"data.source={tmp_path}")

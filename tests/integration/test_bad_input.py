@@ -82,6 +82,10 @@ TYPED: list[tuple[list[str], list[str]]] = [
     (["method=ecodiff", "backbone.height=-64"], ["is -64"]),
     (["method=ecodiff", "backbone.pretrained=null"], ["backbone.pretrained"]),
     (["method=clip", "data=prompts"], ["data.drop_attribute", "PromptDataModule"]),
+    (["method=toy", "data=concepts", "data.kind=objekt"], ["'objekt'", "did you mean object"]),
+    (["method=toy", "data=concepts", "data.anchor={pistol:3}"], ["{pistol: 3}", "a mapping to text"]),
+    (["method=toy", "data=concepts", "data.filter_ratio=0"], ["is 0", "> 0 and <= 1"]),
+    (["method=toy", "data=concepts", "data.neighbours=-1"], ["is -1", ">= 0 or a list"]),
     # overrides that cannot be read
     (["method=toy", ""], ["''", "key=value"]),
     (["method=toy", "="], ["key=value"]),

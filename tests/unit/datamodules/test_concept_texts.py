@@ -163,6 +163,23 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         ready(concept="gun", anchor="lamp", source=str(tmp_path / "p.txt"), pairs=8)
 
 
+def test_a_mapping_of_anchors_may_hold_more_wordings(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", ["two men with guns", "a man with a gun", "an axe", "some axes", "many guns"])
+    module = ready(
+        concept=["gun", "axe"], anchor={"gun": "lamp", "axe": "hammer", "guns": "lamps", "axes": "hammer"}, source=file,
+        pairs=1, neighbours=0, retain=write(tmp_path / "r.txt", ["the guns", *(f"text {i}" for i in range(9))]),
+        test_size=2, test_noises=1,
+    )  # fmt: skip
+    assert [(pair.anchor, pair.concept) for pair in erased(module)] == [
+        ("two men with lamps", "gun"), ("a hammer", "axe"),
+    ]  # fmt: skip
+    assert [pair.anchor for pair in pairs_of(module, "target")] == [
+        "a man with a lamp", "many lamps", "some hammer", "some hammer",
+    ]  # fmt: skip
+    assert pairs_of(module, "neighbour") == []
+    assert all(pair.prompt != "the guns" for pair in module.train_set.retain)  # type: ignore[union-attr]
+
+
 def test_retain_captions_keep_the_first_line_and_leave_the_concept_out(tmp_path: Path) -> None:
     lines = ["first caption\thttp://a", "a man with a Pistol\thttp://b", *(f"caption {i}\thttp://c" for i in range(7))]
     file = write(tmp_path / "captions.tsv", lines)

@@ -92,7 +92,7 @@ def test_pairs_of_the_tiny_model(judge: ClipJudge) -> None:
     bad = Pair(scene.format("bomb"), other.format("balloon"), "bomb", "balloon", rest)
     pairs, seeds = [good, bad, good], [3, 4, 5]
     for name in ("clip", "distance"):
-        scorer = make_scorer(name, pairs, judge)  # type: ignore[arg-type]
+        scorer = make_scorer(name, pairs, judge)
         assert filter_pairs(generator, pairs, seeds, scorer, 0.5, batch_size=2) == sorted(
             kept_places(_scores(generator, pairs, seeds, scorer), 0.5)
         )

@@ -7,6 +7,7 @@ the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,10 +24,8 @@ def learned_masks(scores: Mapping[str, Tensor]) -> Masks:
 
 def fewest_off(scores: Mapping[str, Tensor], count: int) -> Masks:
     """Masks with exactly ``count`` units off, those with the lowest logits; ties by position."""
-    flat = torch.cat(list(scores.values()))
-    keep = torch.ones(len(flat), dtype=torch.bool)
-    keep[torch.argsort(flat, stable=True)[: max(0, min(count, len(flat)))]] = False
-    return dict(zip(scores, keep.split([len(score) for score in scores.values()]), strict=True))
+    order = torch.argsort(torch.cat(list(scores.values())), stable=True)
+    return _close({name: len(score) for name, score in scores.items()}, order, count)
 
 
 def units_off(masks: Mapping[str, Tensor]) -> int:
@@ -45,7 +44,8 @@ def gate_gradients(bank: MaskBank, masks: Mapping[str, Tensor], losses: Sequence
     Returns:
         Name to ``(n_units,)``: by how much the loss would rise, to first order, if the gate were opened by one.
     """
-    gates = {name: mask.to(torch.float32).clone().requires_grad_() for name, mask in masks.items()}
+    dtype = next(iter(bank.logits.values())).dtype
+    gates = {name: mask.to(dtype).clone().requires_grad_() for name, mask in masks.items()}
     bank.set_gates(gates)
     total = {name: torch.zeros(len(mask)) for name, mask in masks.items()}
     try:
@@ -109,12 +109,7 @@ def give_back(
             name: score.masked_fill(masks[name], float("-inf")) for name, score in importance(masks, gradients).items()
         }
         order = torch.argsort(torch.cat(list(scores.values())), descending=True, stable=True)
-
-        def closing(count: int, order: Tensor = order, lengths: tuple[int, ...] = tuple(map(len, masks.values()))) -> Masks:
-            keep = torch.ones(len(order), dtype=torch.bool)
-            keep[order[:count]] = False
-            return dict(zip(masks, keep.split(lengths), strict=True))
-
+        closing = partial(_close, {name: len(mask) for name, mask in masks.items()}, order)
         fails, works = 0, units_off(masks)
         before = works
         while works - fails > 1:
@@ -124,3 +119,10 @@ def give_back(
         if works == before:
             break
     return masks
+
+
+def _close(lengths: Mapping[str, int], order: Tensor, count: int) -> Masks:
+    """Masks that close the first ``count`` units of an order over all layers."""
+    keep = torch.ones(len(order), dtype=torch.bool)
+    keep[order[:count]] = False
+    return dict(zip(lengths, keep.split(list(lengths.values())), strict=True))

@@ -117,10 +117,13 @@ class Calibration:
             self.bank.set_gates(None)
             goals = self.goals()
             try:
+                gradients = self.gradients(goals)
                 if self.inspector is None:
                     bound = _SLACK * self.erase_distance(masks, goals)
-                    return give_back(masks, self.gradients(goals), lambda m: self.erase_distance(m, goals) <= bound)
-                return give_back(masks, self.gradients(goals), lambda m: self.detection_rate(m) <= tolerated_rate)
+                    return give_back(masks, gradients, lambda m: self.erase_distance(m, goals) <= bound)
+                # Where training left some of the concept, no more of it may come back.
+                rate = max(tolerated_rate, self.detection_rate(masks))
+                return give_back(masks, gradients, lambda m: self.detection_rate(m) <= rate)
             finally:
                 self.bank.set_gates(None)
 

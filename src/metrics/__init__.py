@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from safelight.metrics.accuracy import ConceptAccuracy as ConceptAccuracy
     from safelight.metrics.accuracy import ShuffledAccuracy as ShuffledAccuracy
     from safelight.metrics.clip import ClipJudge as ClipJudge
+    from safelight.metrics.clip_score import ClipScore as ClipScore
     from safelight.metrics.cost import cost_report as cost_report
+    from safelight.metrics.detection import ClipDetector as ClipDetector
+    from safelight.metrics.detection import ConceptDetector as ConceptDetector
+    from safelight.metrics.detection import Detection as Detection
+    from safelight.metrics.detection import load_detector as load_detector
+    from safelight.metrics.detection_rate import DetectionRate as DetectionRate
     from safelight.metrics.distance import FeatureDistance as FeatureDistance
     from safelight.metrics.latent import LatentError as LatentError
     from safelight.metrics.samples import SampleMean as SampleMean
@@ -19,8 +25,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "SSIM": "structure",
+    "ClipDetector": "detection",
     "ClipJudge": "clip",
+    "ClipScore": "clip_score",
     "ConceptAccuracy": "accuracy",
+    "ConceptDetector": "detection",
+    "Detection": "detection",
+    "DetectionRate": "detection_rate",
     "FeatureDistance": "distance",
     "LatentError": "latent",
     "SampleMean": "samples",

@@ -105,7 +105,7 @@ class ClipJudge(nn.Module):
         path = _resolve(folder)
         from transformers import AutoTokenizer, CLIPModel
 
-        self.batch_size = batch_size
+        self.name, self.batch_size = str(folder), batch_size
         model = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True, local_files_only=True)
         self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         config: Any = model.config

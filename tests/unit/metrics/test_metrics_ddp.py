@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from safelight.metrics import FeatureDistance, LatentError
+from safelight.metrics import DetectionRate, FeatureDistance, LatentError
 
 SAMPLES = 5
 
@@ -26,7 +26,15 @@ def _measure(rows: list[int]) -> dict[str, float]:
     error.update(prediction[rows], target[rows], index)
     distance.update(target[rows], real=True, index=index)
     distance.update(prediction[rows], real=False, index=index)
-    return {"kid": distance.compute().item()} | {name: value.item() for name, value in error.compute().items()}
+    # Each rank sees its groups in another order, and one of the groups on the first rank only.
+    rate = DetectionRate()
+    groups = [("target", "retain", "target", "retain", "neighbour")[row] for row in rows]
+    rate.update(prediction[rows, 0] > 0, target[rows, 0].sigmoid(), groups, index)
+    values = {"kid": distance.compute()} | rate.compute()
+    assert values["neighbour/score"] == target[4, 0].sigmoid()
+    return {name: value.item() for name, value in values.items()} | {
+        name: value.item() for name, value in error.compute().items()
+    }
 
 
 def _worker(rank: int, folder: str) -> None:

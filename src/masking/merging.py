@@ -50,7 +50,7 @@ def overlap(masks: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, Any]]:
     for (one, first), (other, second) in combinations(masks.items(), 2):
         shared, chance, counts = 0, 0.0, [0, 0]
         for name in first.keys() | second.keys():
-            length = len(first.get(name, second.get(name, ())))  # type: ignore[call-overload]
+            length = len(first.get(name, second.get(name, ())))
             gone = [~m[name].bool().cpu() if name in m else torch.zeros(length).bool() for m in (first, second)]
             shared += int((gone[0] & gone[1]).sum())
             off = [int(g.sum()) for g in gone]

@@ -10,7 +10,7 @@ import torch
 
 from safelight.generators import Generator
 from safelight.lightning_modules.concept_erasure.calibration import Calibration
-from safelight.lightning_modules.concept_erasure.finetuning import finetune
+from safelight.lightning_modules.concept_erasure.finetuning import Objective, finetune
 from safelight.lightning_modules.concept_erasure.minimality import Masks
 from safelight.lightning_modules.randomness import step_generator
 from safelight.masking import activation_scores, fold
@@ -32,8 +32,8 @@ def erasing_models(module: ConceptErasure) -> Iterator[tuple[str, Generator, Mas
     for draw in range(module.hparams.random_masks):
         yield "random", generator, shuffled(masks, module.hparams.seed, draw)
     yield "wanda", generator, wanda_masks(calibration, masks)
-    for objective in ("esd", "ca"):
-        yield objective, finetuned(module, calibration, objective), None
+    yield "esd", finetuned(module, calibration, "esd"), None
+    yield "ca", finetuned(module, calibration, "ca"), None
 
 
 def shuffled(masks: Masks, seed: int, draw: int) -> Masks:
@@ -66,7 +66,7 @@ def wanda_masks(calibration: Calibration, like: Masks) -> Masks:
     return masks
 
 
-def finetuned(module: ConceptErasure, calibration: Calibration, objective: str) -> Generator:
+def finetuned(module: ConceptErasure, calibration: Calibration, objective: Objective) -> Generator:
     """A generator fine-tuned to erase the concept, by ESD or concept ablation."""
     rows = [row for row, gone in enumerate(calibration.erase) if gone]
     return finetune(

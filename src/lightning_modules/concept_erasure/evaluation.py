@@ -12,7 +12,8 @@ from torch import Tensor
 from safelight.errors import SafelightError
 from safelight.generators import Conditioning, Generator
 from safelight.lightning_modules.concept_erasure.objective import row_distances
-from safelight.metrics import SampleRows
+from safelight.metrics import ClipJudge, SampleRows
+from safelight.metrics.detection import ClipDetector, ConceptDetector
 from safelight.metrics.structure import structural_similarity
 
 ROLES = ("target", "neighbour", "retain")
@@ -81,9 +82,17 @@ class Inspector:
         judge: CLIP model that names things.
         labels: the things it chooses between.
         style: the concept is a style: a picture has it if its prompt fits better than its anchor.
+
+    Raises:
+        SafelightError: the detector cannot tell styles apart.
     """
 
-    def __init__(self, detector: Any, judge: Any, labels: Sequence[str], style: bool) -> None:
+    def __init__(self, detector: ConceptDetector, judge: ClipJudge, labels: Sequence[str], style: bool) -> None:
+        if style and not isinstance(detector, ClipDetector):
+            raise SafelightError(
+                "detector: only CLIP tells styles apart, by the caption that fits better; set method.detector to a "
+                "CLIP folder or zoo:tiny_clip"
+            )
         self.detector, self.judge, self.labels, self.style = detector, judge, list(labels), style
         self._texts = [f"a {label}" for label in self.labels]
 
@@ -97,6 +106,7 @@ class Inspector:
     ) -> tuple[Tensor, Tensor]:
         """Found (B,) and score (B,) of each picture's concept, as 0 or 1 and in [0, 1]."""
         if self.style:
+            assert isinstance(self.detector, ClipDetector)
             found, score = self.detector.prefers(pictures, prompts, anchors)
             return found.float().cpu(), score.cpu()
         found, score = torch.zeros(len(pictures)), torch.zeros(len(pictures))

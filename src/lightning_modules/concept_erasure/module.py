@@ -146,7 +146,7 @@ class ConceptErasure(SafelightModule):
         self.targets = ErasureTargets(self.generator, target, targets_folder, settings)
         # What giving back and the controls are computed from; travels in the checkpoint, so that eval.py repeats them.
         self.calibration_rows: list[list[Any]] = []
-        self.history: list[tuple[int, float, float, float]] = []
+        self.history: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self._final_masks: Masks | None = None
         self._test_batches: list[TestBatch] = []
         self.measured: dict[str, Measured] = {}
@@ -166,7 +166,7 @@ class ConceptErasure(SafelightModule):
             SafelightError: they lie where no gate has a gradient.
         """
         limit = saturation_logit(delta=self.hparams.eps)
-        logits = {}
+        logits: dict[str, Tensor] = {}
         for name, group in self.groups.items():
             init = float(self.hparams.init if group.init is None else group.init)
             if abs(init) >= limit:
@@ -238,13 +238,13 @@ class ConceptErasure(SafelightModule):
     def _log_step(self, latent: Tensor, goal: Tensor, erase: Tensor, loss: Tensor) -> None:
         distances = row_distances(latent, goal, self.hparams.distance)
         nothing = distances.new_zeros(())
-        parts = {"erase": distances[erase].mean() if erase.any() else nothing}
-        parts["retain"] = distances[~erase].mean() if not erase.all() else nothing
+        erased = distances[erase].mean() if erase.any() else nothing
+        retained = distances[~erase].mean() if not erase.all() else nothing
         off = torch.cat([logits.detach() for logits in self.bank.logits.values()]).le(0).float().mean()
-        values = {f"train/{name}": value for name, value in parts.items()}
-        self.log_dict(values | {"train/off": off}, batch_size=len(latent))
+        values = {"train/erase": erased, "train/retain": retained, "train/off": off}
+        self.log_dict(values, batch_size=len(latent))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(latent))
-        self.history.append((self.trainer.global_step, *(value.detach() for value in (*parts.values(), off))))
+        self.history.append((self.trainer.global_step, erased, retained, off))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with one constant learning rate per group of units."""
@@ -294,19 +294,23 @@ class ConceptErasure(SafelightModule):
         """
         if not self.calibration_rows:
             raise SafelightError("calibration: no samples; train first, or set minimality=none")
-        inspector = self.inspector([row[4] for row in self.calibration_rows]) if self.vae is not None else None
+        inspector = self.inspector(self.labels()) if self.vae is not None else None
         return Calibration(self.generator, self.bank, self.targets, self.calibration_rows, self.hparams.beta, inspector)
 
     def concept(self) -> str:
         """What is erased, in words."""
         return " and ".join(dict.fromkeys(str(row[4]) for row in self.calibration_rows if row[2]))
 
+    def labels(self) -> list[str]:
+        """What the pictures of the calibration rows show."""
+        return [str(row[4]) for row in self.calibration_rows]
+
     def inspector(self, words: Sequence[str]) -> Inspector:
         """Detector and judge; they choose between the data module's things, else between ``words``."""
         data = getattr(self._trainer, "datamodule", None)
         labels = list(getattr(data, "concepts", None) or sorted(set(words)))
         judge = ClipJudge(self.hparams.judge).to(self.device)
-        detector = load_detector(self.hparams.detector, labels)
+        detector = load_detector(self.hparams.detector, labels, self.device)
         return Inspector(detector, judge, labels, style=getattr(data, "kind", "object") == "style")
 
     # -- testing -----------------------------------------------------------------------------------------------------

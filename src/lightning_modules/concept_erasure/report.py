@@ -162,7 +162,8 @@ def results(module: ConceptErasure) -> dict[str, Any]:
         for name, specs in module.group_specs.items()
     }
     measured = {LABELS[name]: result.metrics for name, result in module.measured.items()}
-    return {"concept": module.concept(), "mask": groups, "measured": measured}
+    detector = module.inspector(module.labels()).detector.facts() if module.vae is not None else None
+    return {"concept": module.concept(), "detector": detector, "mask": groups, "measured": measured}
 
 
 def write_units(module: ConceptErasure, file: Path) -> None:

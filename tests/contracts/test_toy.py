@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
 
 from safelight.testing.contracts import MethodContract
+from safelight.testing.contracts.killing import EPOCH, MID_EPOCH, Kill
 
 
 class TestContract(MethodContract):
@@ -23,3 +27,11 @@ class TestContract(MethodContract):
 
     def overrides(self) -> list[str]:
         return ["hydra.searchpath=[pkg://toy_plugin.configs]"]
+
+    @pytest.mark.parametrize("place", ["step", "write"])
+    def test_killed_between_epochs(self, place: Literal["step", "write"], tmp_path: Path) -> None:
+        self.kill_and_resume(Kill(place, EPOCH), 2 * EPOCH, tmp_path)
+
+    @pytest.mark.ddp
+    def test_killed_in_mid_epoch_on_two_ranks(self, tmp_path: Path) -> None:
+        self.kill_and_resume(MID_EPOCH, 2 * EPOCH, tmp_path, ranks=2)

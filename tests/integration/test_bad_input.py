@@ -48,6 +48,8 @@ TYPED: list[tuple[list[str], list[str]]] = [
     (["method=toy", "choices.method=ecodiff"], ["no key 'choices'"]),
     (["method=toy", "hydra.run.dir=x"], ["no key 'hydra'"]),
     (["method=toy", "callbacks.progres.kind=plain"], ["'progress'"]),
+    (["method=toy", "+callbacks.mine.kind=plain"], ["callbacks.mine._target_", "is missing"]),
+    (["method=toy", "+callbacks.mine._target_=toy_plugin.toy.Nope"], ["no class 'Nope'"]),
     (["method=toy", "~nothing"], ["~nothing"]),
     (["method=toy", "~seed"], ["~seed"]),
     (["method=toy", "~test"], ["~test", "cannot be left out"]),

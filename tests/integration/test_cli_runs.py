@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from safelight.callbacks.checkpointing import read_checkpoint
+from safelight.testing import signals
 
 TESTS = Path(__file__).parents[1]
 REPOSITORY = TESTS.parent
@@ -103,7 +104,7 @@ def test_evaluation_from_the_checkpoint_alone_repeats_the_numbers(finished: tupl
 
 
 def test_killed_in_mid_epoch_and_resumed_is_the_same_run(finished: tuple[Path, str], tmp_path: Path) -> None:
-    killed = run(tmp_path, *TRAIN, TOY_SIGNAL=f"8:{signal.SIGKILL.value}")
+    killed = run(tmp_path, *TRAIN, **signals.when(8))
     assert killed.returncode == -signal.SIGKILL
     crashed = run_folder_of(tmp_path)
     assert read_checkpoint(crashed / "checkpoints" / "last.ckpt")["global_step"] == 6
@@ -123,7 +124,7 @@ def test_killed_in_mid_epoch_and_resumed_is_the_same_run(finished: tuple[Path, s
 
 
 def test_terminated_saves_says_how_to_go_on_and_does(finished: tuple[Path, str], tmp_path: Path) -> None:
-    stopped = run(tmp_path, *TRAIN, "run_dir=here", TOY_SIGNAL=f"7:{signal.SIGTERM.value}")
+    stopped = run(tmp_path, *TRAIN, "run_dir=here", **signals.when(7, signal.SIGTERM))
     assert stopped.returncode == 128 + signal.SIGTERM
     assert "stopped at step 8; saved here/checkpoints/last.ckpt" in stopped.stderr
     assert "Traceback" not in stopped.stderr

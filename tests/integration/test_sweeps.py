@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from safelight.testing import signals
+
 TESTS = Path(__file__).parents[1]
 PLUGIN = "hydra.searchpath=[pkg://toy_plugin.configs]"
 TRAIN = (str(TESTS.parent / "train.py"), "-m", PLUGIN, "method=toy", "trainer=cpu", "logger=none", "callbacks=quiet")
@@ -84,7 +86,7 @@ def test_killed_at_job_three_only_the_missing_jobs_are_made(tmp_path: Path) -> N
 
 def test_failed_jobs_are_left_alone_until_asked_for_and_a_signal_stops_the_sweep(tmp_path: Path) -> None:
     arguments = ("seed=1,2", *QUICK, "sweep_dir=here")
-    code, output = run(tmp_path, *arguments, TOY_SIGNAL=f"1:{signal.SIGKILL.value}")
+    code, output = run(tmp_path, *arguments, **signals.when(1))
     assert code == 1
     assert "2 of 2 runs failed; retry with" in output
     assert "sweep.retry=true" in output
@@ -93,7 +95,7 @@ def test_failed_jobs_are_left_alone_until_asked_for_and_a_signal_stops_the_sweep
     assert code == 1
     assert len(events(tmp_path / "here")) == 4
     # A run that is stopped by a signal is not a failed one: it goes on by itself.
-    code, output = run(tmp_path, *arguments, "sweep.retry=true", TOY_SIGNAL=f"1:{signal.SIGTERM.value}")
+    code, output = run(tmp_path, *arguments, "sweep.retry=true", **signals.when(1, signal.SIGTERM))
     assert [state for _, state in events(tmp_path / "here")][4:] == ["started", "stopped"] * 2
     assert (tmp_path / "here" / "000" / "checkpoints" / "last.ckpt").is_file()
     code, output = run(tmp_path, *arguments)

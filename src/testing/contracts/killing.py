@@ -90,23 +90,31 @@ class Killing(Instance):
 
     def test_killed_and_resumed(self, tmp_path: Path) -> None:
         """One kill in the middle of an epoch: weights, optimiser and loss curve end as without it."""
-        self._kill_and_resume(MID_EPOCH, _uninterrupted(type(self), 2 * EPOCH, 1), tmp_path)
+        self.kill_and_resume(MID_EPOCH, 2 * EPOCH, tmp_path)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("kill", RANDOM, ids=str)
     def test_killed_anywhere(self, kill: Kill, tmp_path: Path) -> None:
         """In any step, at the ends of epochs, half-way through a checkpoint, with and without loader workers."""
-        whole = _uninterrupted(type(self), 4 * EPOCH, 1)
-        self._kill_and_resume(kill, whole, tmp_path)
+        self.kill_and_resume(kill, 4 * EPOCH, tmp_path)
 
     @pytest.mark.slow
     @pytest.mark.ddp
     @pytest.mark.parametrize("kill", RANDOM_ON_TWO_RANKS, ids=str)
     def test_killed_on_two_ranks(self, kill: Kill, tmp_path: Path) -> None:
         """The same for two processes that die together."""
-        self._kill_and_resume(kill, _uninterrupted(type(self), 2 * EPOCH, 2), tmp_path, ranks=2)
+        self.kill_and_resume(kill, 2 * EPOCH, tmp_path, ranks=2)
 
-    def _kill_and_resume(self, kill: Kill, whole: Whole, folder: Path, ranks: int = 1) -> None:
+    def kill_and_resume(self, kill: Kill, steps: int, folder: Path, ranks: int = 1) -> None:
+        """Kill a run, resume it, and compare it with the run that nobody interrupted, which is made once.
+
+        Args:
+            kill: where it dies.
+            steps: optimiser steps of the run.
+            folder: an empty one.
+            ranks: processes.
+        """
+        whole = _uninterrupted(type(self), steps, ranks)
         workers = [f"data.num_workers={kill.num_workers}"] if self._data_takes("num_workers") else []
         words = (*whole.words, *workers, "run_dir=run", "resume=auto")
         order = signals.when(kill.step, signal.SIGKILL, kill.place)

@@ -37,6 +37,19 @@ def test_a_parameter_that_no_file_lists_can_be_set() -> None:
     assert compose([PLUGIN, "method=toy", "trainer.gradient_clip_val=1.0"])["trainer"]["gradient_clip_val"] == 1.0
 
 
+def test_a_callback_of_ones_own_joins_with_a_plus(capsys: pytest.CaptureFixture[str]) -> None:
+    target = "safelight.callbacks.DataWait"
+    config = compose([PLUGIN, "method=toy", f"+callbacks.mine._target_={target}"])
+    assert config["callbacks"]["mine"] == {"_target_": target}
+    assert "checkpoints" in config["callbacks"]
+    message = typed(capsys, "method=toy", f"callbacks.mine._target_={target}")
+    assert "callbacks has no 'mine'" in message
+    assert "callbacks.mine._target_" in typed(capsys, "method=toy", "+callbacks.mine.x=1")
+    assert "has no argument 'x'" in typed(
+        capsys, "method=toy", f"+callbacks.mine._target_={target}", "+callbacks.mine.x=1"
+    )
+
+
 def test_template_keeps_references() -> None:
     template = compose_all([PLUGIN, "method=toy"]).template
     assert template["data"]["seed"] == "${seed}"

@@ -25,7 +25,8 @@ FURTHER = 2
 class ShardingContract:
     """Mixed into :class:`safelight.testing.contracts.MethodContract`; skipped where nothing is ``sharded``."""
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # what MethodContract brings
+        # ruff: noqa: D102
         batch_size: int
         equivalence_changes: Mapping[str, Any]
         equivalence_precision: str

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safelight.cli.folders import process_rank
 from safelight.cli.problems import ConfigError, Problem, did_you_mean, render, visible
+from safelight.cli.processes import PeerLostError, let_the_first_speak, together, watch_parent
 from safelight.cli.stopping import stop_through_exceptions
 from safelight.errors import SafelightError
 
@@ -28,6 +29,7 @@ def train_main(arguments: Sequence[str] | None = None, program: str = "python tr
         The exit code: 0, 2 for a mistake the user can mend, 128 + signal number when stopped.
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
+    watch_parent()
     return _guarded(lambda: _train(typed, program), typed, program)
 
 
@@ -95,10 +97,12 @@ def _train(typed: list[str], program: str) -> int:
         return 0
     if composed.config["full_error"]:
         os.environ["HYDRA_FULL_ERROR"] = "1"
+    from safelight.cli.building import quiet
     from safelight.cli.running import train
 
+    quiet()
     command = shlex.join([*program.split(), *typed])
-    with stop_through_exceptions():
+    with stop_through_exceptions(), together(lambda error: _say_lost(error, typed, program)):
         train(composed.config, template=composed.template, overrides=overrides, command=command)
     return 0
 
@@ -155,11 +159,16 @@ def _guarded(job: Callable[[], int], typed: Sequence[str], program: str) -> int:
         if process_rank() == 0:
             print(render(error.problems, program, typed), file=sys.stderr)
         return USER_ERROR
+    except PeerLostError as error:
+        if process_rank() == 0:
+            _say_lost(error, typed, program)
+        return 1
     except SafelightError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        if process_rank() == 0:
-            print(_short(f"safelight: {error}"), file=sys.stderr)
+        if process_rank() > 0:
+            let_the_first_speak()
+        print(_short(f"safelight: {error}"), file=sys.stderr)
         return USER_ERROR
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; closing standard output would raise the same error again at exit.
@@ -175,6 +184,28 @@ def _guarded(job: Callable[[], int], typed: Sequence[str], program: str) -> int:
         return _stopped(error, int(from_signal), typed, program)
 
 
+def _say_lost(error: PeerLostError, typed: Sequence[str], program: str) -> None:
+    """Say which process was lost and how to go on."""
+    lines = [f"\nsafelight: {error}"]
+    folder, last = _run_folder()
+    if last.is_file():
+        lines += [f"{last} holds the last saved step", _go_on(folder, typed, program)]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _run_folder() -> tuple[str, Path]:
+    """The run's folder as short as it can be written, and its last checkpoint."""
+    from safelight.cli.ending import shown_path
+
+    folder = shown_path(Path(os.environ.get("SAFELIGHT_RUN_DIR", "")))
+    return folder, Path(folder) / "checkpoints" / "last.ckpt"
+
+
+def _go_on(folder: str, typed: Sequence[str], program: str) -> str:
+    kept = [word for word in typed if not word.startswith(("resume=", "run_dir=", "overwrite="))]
+    return f"go on with:\n  {shlex.join([*program.split(), *kept, f'resume={folder}'])}"
+
+
 def _short(text: str) -> str:
     """At most a dozen lines of a message, whatever library wrote the rest of it."""
     lines = [visible(line) for line in text.splitlines() if line.strip()]
@@ -186,12 +217,8 @@ def _stopped(error: BaseException, number: int, typed: Sequence[str], program: s
     if process_rank() > 0:
         # Lightning ends the whole job when a child fails; this one did as it was asked.
         return 0
-    from safelight.cli.ending import shown_path
-
-    folder = shown_path(Path(os.environ.get("SAFELIGHT_RUN_DIR", "")))
+    folder, last = _run_folder()
     step = getattr(error, "saved_step", None)
-    last = Path(folder) / "checkpoints" / "last.ckpt"
-    kept = [word for word in typed if not word.startswith(("resume=", "run_dir=", "overwrite="))]
     if step is not None:
         print(f"\nsafelight: stopped at step {step}; saved {last}", file=sys.stderr)
     elif last.is_file():
@@ -199,5 +226,5 @@ def _stopped(error: BaseException, number: int, typed: Sequence[str], program: s
     else:
         print("\nsafelight: stopped before the first checkpoint", file=sys.stderr)
         return 128 + number
-    print(f"go on with:\n  {shlex.join([*program.split(), *kept, f'resume={folder}'])}", file=sys.stderr)
+    print(_go_on(folder, typed, program), file=sys.stderr)
     return 128 + number

@@ -82,8 +82,8 @@ def shard(module: LightningModule, paths: Sequence[str], mesh: DeviceMesh) -> No
     left = [name for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if left:
         raise SafelightError(
-            f"{type(module).__name__}.sharded leaves out {', '.join(left[:3])}, whose gradients no process would "
-            "share; add the sub-module that holds them"
+            f"{type(module).__name__}.sharded leaves out {', '.join(left[:3])}, whose gradients nothing would average; "
+            "add the sub-module that holds them"
         )
 
 

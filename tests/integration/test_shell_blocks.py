@@ -184,7 +184,7 @@ RULES = (
     (r"python train\.py method=background_probe|cd examples/plugin$", rule_elsewhere),  # the plug-in: test_examples
     (r"(\.venv/bin/)?python train\.py( |$)", rule_train),
     (r"safelight ", rule_safelight),
-    (r"torchrun .* train\.py ", rule_train),
+    (r"torchrun .* train\.py |srun .* train\.py ", rule_train),
     (r"python eval\.py ", rule_eval),
     (r"(\.venv/bin/)?pip install |python3 -m venv \.venv$", rule_install),
     (r"python -m safelight\.zoo\.|python benchmarks/", rule_module),

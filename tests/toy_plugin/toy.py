@@ -23,6 +23,10 @@ from safelight.reporting import write_model_card
 STAGE_VARIABLE = "TOY_STAGE"
 # "<step>": the loss of that step is NaN.
 NAN_VARIABLE = "TOY_NAN"
+# "<step>": that step raises an error.
+ERROR_VARIABLE = "TOY_ERROR"
+# "<rank>": only that process gets errors.
+RANK_VARIABLE = "TOY_RANK"
 
 
 def _signal_in(stage: str) -> None:
@@ -58,6 +62,9 @@ class Toy(SafelightModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Squared error, with noise on the inputs."""
+        if os.environ.get(RANK_VARIABLE, str(self.global_rank)) == str(self.global_rank):
+            if self.global_step == int(os.environ.get(ERROR_VARIABLE, "-1")):
+                raise LookupError("broken on purpose")
         x, y = batch
         if self.mode == "noisy":
             x = x + 0.1 * torch.randn_like(x)

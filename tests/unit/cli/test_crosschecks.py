@@ -57,6 +57,16 @@ def test_the_family_is_read_from_the_folder(tmp_path: Path, capsys: pytest.Captu
     assert "'MochiTransformer3DModel'" in refused(capsys, "method=ecodiff", f"backbone={other}")[2]
 
 
+def test_sharded_weights_for_a_method_that_names_none(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = refused(capsys, "method=toy", "trainer=fsdp2", "trainer.devices=4")
+    assert lines[1] == "trainer=fsdp2"
+    assert "Toy declares nothing that could be sharded over processes; trainer=ddp keeps a copy on each" in lines[2]
+    assert lines[-1].endswith("method=toy trainer=ddp trainer.devices=4")
+    assert refused(capsys, "method=ecodiff", "trainer=fsdp2_cpu")[-1].endswith("method=ecodiff trainer=ddp_cpu")
+    for method in ("text_to_image", "heal"):
+        assert validate(compose([f"method={method}", "trainer=fsdp2_cpu"])) == []
+
+
 def test_a_backbone_for_a_method_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     lines = refused(capsys, "method=clip", "backbone=sdxl")
     assert "Clip has no backbone" in lines[2]

@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo_toys import Losses, load, pictures
 
 from safelight.generators import Generator, generator_for
+from safelight.generators.noising import denoising_loss, diffusion_target
 from safelight.lightning_modules import TextToImage
 from safelight.lightning_modules.randomness import row_generator, step_seed
 from safelight.testing.contracts import MethodContract
@@ -47,7 +48,7 @@ def generator(family: str, seed: int = 0) -> Generator:
     return generator_for(denoiser)(pipeline, num_inference_steps=2, height=16, width=16, guidance_scale=1.0)
 
 
-@pytest.mark.parametrize("family", ["flux", "unet_sdxl"])
+@pytest.mark.parametrize("family", ["flux", "unet_sdxl", "unet_sd"])
 def test_first_loss_is_the_formula(family: str) -> None:
     module = TextToImage(backbone=generator(family), lr=1e-9, empty_caption=0.5, seed=4)
     batch = next(iter(load(pictures())))
@@ -81,13 +82,47 @@ def test_first_loss_is_the_formula(family: str) -> None:
         noisy, target, timestep = kept.sqrt() * clean + (1 - kept).sqrt() * noise, noise, steps.float()
     with torch.no_grad():
         squares = (other.denoise(noisy, timestep, cond) - target).square()
-    if family == "unet_sdxl":
+    if family != "flux":
         squares = squares / kept  # the velocity's error
     wanted = squares.mean().item()
     assert losses.values[0] == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["flux", "unet_sdxl"])
+@pytest.mark.parametrize("weighting", ["velocity", "uniform"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_weightings_mean_the_same_for_both_kinds_of_unet(kind: str, weighting: Any) -> None:
+    """SD 2 predicts velocities: its loss is the velocity's error or, uniformly weighted, the noise's."""
+    module = TextToImage(backbone=generator("unet_sd"), weighting=weighting)
+    clean, noise = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
+    signal = torch.tensor([0.8, 0.3]).double()
+    a, b = signal.sqrt().view(2, 1, 1, 1), (1 - signal).sqrt().view(2, 1, 1, 1)
+    noisy, velocity = a * clean + b * noise, a * noise - b * clean
+    guess = torch.randn(2, 3, 4, 4).double()  # of the noise, and the velocity that it implies
+    implied = (guess - b * noisy) / a
+    right, prediction = (noise, guess) if kind == "epsilon" else (velocity, implied)
+    target = diffusion_target(kind, clean, noise, signal)
+    assert torch.allclose(target, right)
+    loss = denoising_loss(prediction, target, module._weight(kind, signal))
+    wanted = (implied - velocity).square().mean() if weighting == "velocity" else (guess - noise).square().mean()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("family", ["flux", "unet_sdxl", "unet_sd"])
+def test_all_that_is_trained_gets_a_gradient(family: str) -> None:
+    """DDP waits for every one of them."""
+    module = TextToImage(backbone=generator(family))
+    latent = torch.randn(2, *module.generator.latent_shape)
+    prediction = module.generator.denoise(latent, torch.tensor([10.0, 500.0]), module.condition(["a cat", ""]))
+    prediction.square().sum().backward()
+    idle = {name for name, value in module.trained.named_parameters() if value.grad is None}
+    frozen = {name for name, value in module.trained.named_parameters() if not value.requires_grad}
+    assert idle == frozen
+    last = ("text_encoder.encoder.layers.1.", "text_encoder.final_layer_norm.")
+    assert all(name.startswith(last) for name in frozen)
+    assert bool(frozen) == (family == "unet_sdxl")
+
+
+@pytest.mark.parametrize("family", ["flux", "unet_sdxl", "unet_sd"])
 def test_a_few_steps_learn_the_pictures(family: str) -> None:
     settings: dict[str, Any] = {"warmup_steps": 2, "empty_caption": 0.0}
     module = TextToImage(backbone=generator(family), lr=1e-2, **settings)

@@ -17,7 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-import safelight
+from safelight import __version__
 from safelight.errors import SafelightError
 
 
@@ -223,6 +223,6 @@ class StoreConfig(Callback):
         checkpoint["safelight"] = {
             "config": self.config,
             "template": self.template,
-            "version": safelight.__version__,
+            "version": __version__,
             "world_size": trainer.world_size,
         }

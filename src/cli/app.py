@@ -75,9 +75,9 @@ def _train(typed: list[str], program: str) -> int:
         print(help_text(program, composing.searchpath(overrides)))
         return 0
     if "version" in flags:
-        import safelight
+        from safelight import __version__
 
-        print(safelight.__version__)
+        print(__version__)
         return 0
     if "multirun" in flags:
         from safelight.cli.sweeping import sweep

@@ -163,15 +163,15 @@ def write_start(folder: Path, config: Mapping[str, Any], command: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what produced a run: packages, Python, platform, and the commit when run from a checkout."""
-    import safelight
+    from safelight import __version__
 
-    found = {"safelight": safelight.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    found = {"safelight": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    commit = _commit(Path(safelight.__file__).resolve().parent)
+    commit = _commit(Path(__file__).resolve().parents[1])
     return found | ({"commit": commit} if commit else {})
 
 

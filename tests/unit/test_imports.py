@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import safelight
+from safelight.lightning_modules import _homes
 
 ROOT = Path(safelight.__file__).parent
 # A room and the rooms of the house it may look into. Anything may use `safelight.errors` and `safelight.lazy`.
@@ -24,12 +25,13 @@ MAY_IMPORT = {
     "datamodules": {"zoo"},
     "callbacks": {"reporting"},
     "zoo": {"lightning_modules", "datamodules", "generators", "metrics", "reporting"},
-    "errors": set(),
-    "lazy": set(),
-    "configs": set(),
 }
 # What tests and plug-in authors use may reach everywhere.
 MAY_IMPORT["testing"] = set(MAY_IMPORT)
+# Single files that everything stands on.
+MAY_IMPORT |= {"errors": set(), "lazy": set(), "__init__": set()}
+# Libraries that belong to one room, and one that belongs nowhere: a second copy of Lightning.
+ONLY_IN = {"hydra": {"cli"}, "omegaconf": {"cli"}, "submitit": {"cli"}, "optuna": {"cli"}, "pytorch_lightning": set()}
 LIGHT = ["safelight", "safelight.cli", "safelight.cli.app", "safelight.cli.composing", "safelight.cli.validation"]
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "torchmetrics", "peft"}
 
@@ -48,34 +50,63 @@ def imported(file: Path) -> Iterator[str]:
 
 
 def rooms() -> list[str]:
+    """Folders of the package."""
     return sorted(p.name for p in ROOT.iterdir() if (p / "__init__.py").is_file() and p.name != "configs")
 
 
-@pytest.mark.parametrize("room", rooms())
+def files_of(room: str) -> list[Path]:
+    """A room's files; a single file at the top of the package is a room of its own."""
+    return sorted((ROOT / room).rglob("*.py")) if room in rooms() else [ROOT / f"{room}.py"]
+
+
+def test_every_file_is_in_a_room_with_a_rule() -> None:
+    assert {*rooms(), *(file.stem for file in ROOT.glob("*.py"))} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
 def test_no_arrow_runs_up(room: str) -> None:
     wrong = []
-    for file in sorted((ROOT / room).rglob("*.py")):
+    for file in files_of(room):
         for name in imported(file):
             parts = name.split(".")
-            if parts[0] != "safelight" or len(parts) < 2 or parts[1] in (room, "errors", "lazy", "__version__"):
+            if parts[0] != "safelight" or parts[1:2] in ([room], ["errors"], ["lazy"], ["__version__"]):
                 continue
             # Scripts that build the zoo may use everything; the package itself only finds folders.
             if room == "zoo" and file.name != "__init__.py":
                 continue
-            if parts[1] not in MAY_IMPORT[room]:
+            # `import safelight` alone does not say what it is after.
+            if len(parts) < 2 or parts[1] not in MAY_IMPORT[room]:
                 wrong.append(f"{file.relative_to(ROOT)} imports {name}")
     assert wrong == []
 
 
-def test_methods_do_not_import_each_other() -> None:
-    methods = {file.parent.name for file in (ROOT / "lightning_modules").glob("*/__init__.py")}
+@pytest.mark.parametrize("library", sorted(ONLY_IN))
+def test_a_library_stays_in_its_room(library: str) -> None:
+    found = {
+        room
+        for room in MAY_IMPORT
+        for file in files_of(room)
+        if any(name.split(".")[0] == library for name in imported(file))
+    }
+    assert found == ONLY_IN[library]
+
+
+def test_methods_do_not_import_each_other_nor_what_they_share_a_method() -> None:
+    folder = ROOT / "lightning_modules"
+    methods = {file.parent.name for file in folder.glob("*/__init__.py")}
+    # `from safelight.lightning_modules import EcoDiff` means the folder of the class.
+    home_of = {name: home.partition(".")[0] for name, home in _homes().items()} | {name: name for name in methods}
     wrong = []
-    for file in sorted((ROOT / "lightning_modules").glob("*/**/*.py")):
-        own = file.relative_to(ROOT / "lightning_modules").parts[0]
+    for file in sorted(folder.rglob("*.py")):
+        own = file.relative_to(folder).parts[0]
+        if own == "__init__.py":  # it names all of them, for type checkers
+            continue
         for name in imported(file):
             parts = name.split(".")
-            if parts[:2] == ["safelight", "lightning_modules"] and len(parts) > 2 and parts[2] in methods - {own}:
-                wrong.append(f"{file.relative_to(ROOT)} imports {name}")
+            if parts[:2] == ["safelight", "lightning_modules"] and len(parts) > 2:
+                home = home_of.get(parts[2])
+                if home in methods - {own}:
+                    wrong.append(f"{file.relative_to(ROOT)} imports {name}")
     assert wrong == []
 
 

@@ -126,7 +126,7 @@ def embedding_attack(
         target: the original model's final latents for the concept and the same noise, (B, ...); for ``one_step`` all
             T + 1 latents of its path.
         steps: gradient steps.
-        lr: change of an element in one step, in root mean squares of its row.
+        lr: length of one step, relative to the norm of the token's row.
         radius: the perturbation's L2 norm is at most this times the norm of the token's row; None for no bound.
         loss: ``final`` differentiates the whole sampling loop and keeps each sample's best perturbation, so that its
             error never ends above where it began. ``one_step`` looks at one random sampler step at a time (about 3T

@@ -12,7 +12,8 @@ that the anchor is what its ESD erases; ``parity=True`` does the same, to compar
 Where the latents x_t come from: the *current* model's own sampling path for c, every sampler step of it, from fresh
 noise. The few steps a model is sampled with are the only ones where it must be right, and a model that has begun to
 forget leaves the original's path after one step: trained only on the original's latents, in which the concept can
-already be seen, it would never be taught at the places it visits. ``trajectory="dense"`` does that, for comparison.
+already be seen, it would never be taught at the places it visits. ``trajectory="dense"`` does that, for comparison
+(on ``tiny_flux`` with its four steps the two came out alike).
 """
 
 from __future__ import annotations
@@ -177,12 +178,13 @@ def finetune(
         objective: ``esd`` or ``ca``.
         parameters: see :func:`trained_parameters`.
         steps: optimiser steps.
-        lr: learning rate; 1e-5 is the published one for 12B parameters, tiny models need about 100 times that.
+        lr: learning rate; 1e-5 is the published one for 12B parameters. The zoo's tiny models want 3e-4, and 60 to 80
+            steps of 2 to 4 prompts; see ``benchmarks/README.md`` for what else was tried.
         batch_size: prompts a step.
         seed: prompts, noise and order of the sampler steps are a function of it.
         eta: strength of ESD's negative guidance.
         retain_prompts: texts for which the model shall go on predicting what it predicted, ``batch_size`` a step; None
-            for none, as published.
+            for none, as published. Without them ESD on whole captions makes ``tiny_flux`` forget nearly all it knew.
         retain_weight: weight of their loss against the erasing one.
         trajectory: whose sampling path gives the latents, see the module's first lines.
         parity: condition the trained model on the anchors in ESD, as the published code does; this is a mistake.

@@ -130,6 +130,7 @@ def test_the_error_falls_with_the_budget_and_never_ends_above_its_start() -> Non
     # Each sample keeps its best perturbation, and a longer attack begins with the shorter one's steps.
     for shorter, longer in pairwise(errors):
         assert (longer <= shorter + 1e-12).all()
+    assert (errors[1] < errors[0]).all()
     assert (errors[-1] < 0.5 * errors[0]).all()
     # A hopeless learning rate does not make it worse than no attack.
     wild = final_error(erased, embedding_attack(erased, cond, noise, target, steps=2, lr=1e4), noise, target)
@@ -151,6 +152,15 @@ def test_the_radius_bounds_every_row_and_is_reached() -> None:
     size = 0.25 * cond["prompt_embeds"][:, 0].norm(dim=-1, keepdim=True)
     moved = only_text["prompt_embeds"][:, 0] - cond["prompt_embeds"][:, 0]
     torch.testing.assert_close(moved, size * wanted / wanted.norm(dim=-1, keepdim=True), atol=0.02, rtol=0)
+
+
+def test_the_first_step_is_as_long_as_the_learning_rate_says() -> None:
+    dense, erased = follow(1.0), follow(-1.0)
+    noise, cond = dense.noise([0, 1]), dense.encode(["gun", "toy"])
+    bent = embedding_attack(erased, cond, noise, dense.rollout(noise, cond), steps=1, lr=0.03)
+    for key, value in cond.items():
+        share = (bent[key] - value).norm(dim=-1) / value.norm(dim=-1)
+        torch.testing.assert_close(share, torch.full_like(share, 0.03), rtol=1e-9, atol=0)
 
 
 def test_samples_do_not_influence_each_other_and_nothing_else_changes() -> None:

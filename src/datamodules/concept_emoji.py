@@ -183,22 +183,28 @@ def _shows(scene: Scene, concept: str) -> bool:
 
 
 def emoji_retain(
-    erased: dict[str, str], without: Sequence[str], test_without: Sequence[str], test_size: int, seed: int
+    erased: dict[str, str], neighbours: Sequence[str], *, train_neighbours: bool, test_size: int, seed: int
 ) -> tuple[list[Pair], list[Pair]]:
     """Captions that should keep their pictures: for training and for testing.
 
     Args:
         erased: concept to anchor; scenes that show a concept are left out. The anchors stay in: their own pictures must
             not change either.
-        without: things left out of training as well.
-        test_without: things left out of testing as well.
+        neighbours: things that have a role of their own in testing.
+        train_neighbours: every second caption of training shows one of them; otherwise none does.
         test_size: how many to test with.
         seed: of the order, in which every thing comes once before any comes twice.
     """
 
-    def chosen(split: Callable[[], list[Scene]], left_out: Sequence[str]) -> list[Pair]:
-        kept = [s for s in split() if s.thing not in left_out and not any(_shows(s, concept) for concept in erased)]
+    def chosen(split: Callable[[], list[Scene]], wanted: Callable[[str], bool]) -> list[Pair]:
+        kept = [s for s in split() if wanted(s.thing) and not any(_shows(s, concept) for concept in erased)]
         return [unchanged(scene.caption, scene.thing) for scene in spread(kept, seed)]
 
-    train = chosen(lambda: scenes("train"), without)
-    return train, repeat_over_noises(chosen(lambda: scenes("held_out"), test_without), test_size, 1)
+    def train() -> list[Scene]:
+        return scenes("train")
+
+    others = chosen(train, lambda thing: thing not in neighbours)
+    near = chosen(train, lambda thing: thing in neighbours) if train_neighbours else []
+    kept = [pair for place, other in enumerate(others) for pair in (near[place % len(near)], other)] if near else others
+    tested = chosen(lambda: scenes("held_out"), lambda thing: thing not in neighbours)
+    return kept, repeat_over_noises(tested, test_size, 1)

@@ -86,8 +86,8 @@ class ConceptDataModule(LightningDataModule):
         retain_column: column of such a table.
         retain_per_erase: retain rows beside every erase row, 1 in the authors' code.
         neighbours: how many related things are tested, or which.
-        retain_neighbours: let training keep the neighbours too; otherwise it never sees them, and their test tells how
-            far the erasure spreads by itself. Emoji retain prompts only.
+        retain_neighbours: every second retain row of training shows a neighbour; otherwise training never sees them,
+            and their test tells how far the erasure spreads by itself. Emoji retain prompts only.
         filter_ratio: share of erase pairs that training keeps, those that change the least beside the concept; the
             method draws and scores them (0.9 in the authors' FLUX runs).
         filter_scorer: how pairs are scored: by CLIP on what is around the concept, the same with a penalty where the
@@ -276,7 +276,7 @@ class ConceptDataModule(LightningDataModule):
         if self.retain == "emoji":
             near = [] if self.kind == "style" else self.neighbour_words
             return emoji_retain(
-                self.erased, [] if self.retain_neighbours else near, near, test_size=self.test_size, seed=self.seed
+                self.erased, near, train_neighbours=self.retain_neighbours, test_size=self.test_size, seed=self.seed
             )
         wordings = [word for concept in self.erased for word in spellings(concept, self.synonyms)]
         wordings += self._other_wordings()

@@ -62,9 +62,9 @@ class Toy(SafelightModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Squared error, with noise on the inputs."""
-        if os.environ.get(RANK_VARIABLE, str(self.global_rank)) == str(self.global_rank):
-            if self.global_step == int(os.environ.get(ERROR_VARIABLE, "-1")):
-                raise LookupError("broken on purpose")
+        mine = os.environ.get(RANK_VARIABLE, str(self.global_rank)) == str(self.global_rank)
+        if mine and self.global_step == int(os.environ.get(ERROR_VARIABLE, "-1")):
+            raise LookupError("broken on purpose")
         x, y = batch
         if self.mode == "noisy":
             x = x + 0.1 * torch.randn_like(x)

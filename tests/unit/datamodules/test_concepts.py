@@ -90,7 +90,7 @@ def test_tests_repeat_prompts_only_as_often_as_needed() -> None:
 
 
 def test_emoji_pairs_differ_in_the_thing_only() -> None:
-    module = ready(pairs=20)
+    module = ready(pairs=20, groups=None)
     assert (module.concept, module.anchor_word, module.kind) == ("pistol", "camera", "object")
     assert module.concepts == [thing.name for thing in things()]
     found = train_rows(module)
@@ -106,6 +106,22 @@ def test_emoji_pairs_differ_in_the_thing_only() -> None:
     pair, seed = module.erase_pairs()[3]
     assert (pair.prompt, seed) == (found[9][0], found[9][3])
     assert pair.rest == pair.prompt.replace("pistol ", "")
+
+
+def test_more_groups_bring_other_noises_and_other_retain_rows() -> None:
+    module = ready(pairs=10, groups=30)
+    found = train_rows(module)
+    erased = Counter(prompt for prompt, _, erase, _ in found if erase)
+    assert set(erased.values()) == {3}
+    assert len({seed for *_, seed in found}) == 90
+    assert len({prompt for prompt, _, erase, _ in found if not erase}) == 60
+
+
+def test_every_second_retain_row_may_be_a_neighbour() -> None:
+    module = ready(retain_neighbours=True)
+    shown = [SCENES[prompt].thing in module.neighbour_words for prompt, _, erase, _ in train_rows(module) if not erase]
+    assert shown == [True, False] * 120
+    assert not any(SCENES[p].thing in module.neighbour_words for p, _, erase, _ in train_rows(ready()) if not erase)
 
 
 def test_training_and_tests_share_neither_noise_nor_prompt() -> None:
@@ -182,7 +198,7 @@ def test_a_style_gives_way_and_the_things_stay() -> None:
 
 
 def test_several_concepts_are_erased_jointly() -> None:
-    module = ready(concept=["pistol", "bomb"], anchor={"bomb": "apple", "pistol": "pencil"}, pairs=10)
+    module = ready(concept=["pistol", "bomb"], anchor={"bomb": "apple", "pistol": "pencil"}, pairs=10, groups=None)
     assert module.erased == {"pistol": "pencil", "bomb": "apple"}
     assert module.concept == "pistol and bomb"
     words = Counter((SCENES[p].thing, SCENES[a].thing) for p, a, erase, _ in train_rows(module) if erase)
@@ -215,7 +231,7 @@ def test_the_seed_decides_and_setup_may_come_twice() -> None:
 
 
 def test_the_loader_resumes_and_its_batches_have_equal_shares() -> None:
-    module = ready(batch_size=5, pairs=22)
+    module = ready(batch_size=5, pairs=22, groups=None)
     loader = module.train_dataloader()
     assert isinstance(loader, ResumableLoader)
     batches = list(loader)

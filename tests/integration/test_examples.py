@@ -114,11 +114,19 @@ def test_plugin_learns_and_its_control_does_not(installed: Path, tmp_path: Path)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["metrics"]["accuracy"] > 0.9
     assert summary["controls"]["shuffled"]["accuracy"] < 0.4
-    assert sorted(p.name for p in (folder / "export").iterdir()) == ["probe.json", "probe.safetensors"]
+    assert sorted(p.name for p in (folder / "export").iterdir()) == ["README.md", "probe.json", "probe.safetensors"]
     # The judge is frozen: a checkpoint of two small heads.
     assert (folder / "checkpoints" / "last.ckpt").stat().st_size < 100_000
     output = run(tmp_path, str(REPOSITORY / "eval.py"), f"ckpt_path={folder}/checkpoints/best.ckpt", PYTHONPATH=where)
     assert "all 2 numbers equal the training run's" in output
+
+
+def test_plugin_is_under_the_contract() -> None:
+    """A part of it that takes seconds; the names are those of the contract, so a class that pytest misses fails."""
+    quick = "killed_and_resumed or one_step or declared_metrics or small_and_plain"
+    words = ("-m", "pytest", "tests", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", quick)
+    output = run(EXAMPLES / "plugin", *words, PYTHONPATH=with_path(EXAMPLES / "plugin"))
+    assert "4 passed" in output
 
 
 def test_plugin_by_search_path_alone(tmp_path: Path) -> None:

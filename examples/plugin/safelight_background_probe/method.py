@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safelight.lightning_modules import SafelightModule
-from safelight.metrics import ClipJudge
-from safelight.reporting import Claim, Report, Tile
+from safelight.metrics import ClipJudge, SampleMean
+from safelight.reporting import Claim, Report, Tile, write_model_card
 
 BACKGROUNDS = ("white", "yellow", "pink", "red", "purple", "blue", "green", "grey")
 
@@ -64,28 +64,40 @@ class BackgroundProbe(SafelightModule):
         self.log_dict({"train/loss": loss, "train/control": control})
         return loss + control
 
+    def on_test_start(self) -> None:
+        """Fresh counts, over all processes; a sample that two of them see counts once."""
+        self.right = {name: SampleMean().to(self.device) for name in ("accuracy", "shuffled/accuracy")}
+
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Accuracy on held-out pictures; the loader of trained ones is passed over."""
         if dataloader_idx:
             return
         seen, labels = self.features(batch["image"]), self.labels(batch["caption"]).to(batch["image"].device)
         for prefix, head in (("", self.probe), ("shuffled/", self.control)):
-            right = (head(seen).argmax(dim=1) == labels).float().mean()
-            self.log(f"test/{prefix}accuracy", right, batch_size=len(labels), add_dataloader_idx=False)
+            self.right[f"{prefix}accuracy"].update(head(seen).argmax(dim=1) == labels, batch["index"])
 
     def on_test_epoch_end(self) -> None:
-        """Keep the numbers for the report."""
-        logged = self.trainer.callback_metrics
-        self.measured = {name: float(logged[f"test/{name}"]) for name in ("accuracy", "shuffled/accuracy")}
+        """Log the numbers and keep them for the report."""
+        self.measured = {name: float(metric.compute()) for name, metric in self.right.items()}
+        self.log_dict({f"test/{name}": value for name, value in self.measured.items()})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on the two heads."""
         return torch.optim.AdamW([*self.probe.parameters(), *self.control.parameters()], lr=self.lr)
 
     def export(self, folder: Path) -> Path:
-        """The probe as safetensors, its labels as JSON."""
+        """The probe as safetensors, its labels as JSON, and a card that says where the numbers come from."""
         save_file(self.probe.state_dict(), folder / "probe.safetensors")
         (folder / "probe.json").write_text(json.dumps({"labels": BACKGROUNDS, "judge": self.hparams.judge}))
+        facts = getattr(self, "run_facts", {})
+        write_model_card(
+            folder,
+            title="Background probe",
+            command=facts.get("command") or "python train.py method=background_probe",
+            data=f"pictures of the data set `{facts.get('data') or 'given'}`",
+            metrics=facts.get("metrics", {}),
+            licence="apache-2.0",
+        )
         return folder
 
     def fill_report(self, report: Report) -> None:

@@ -82,10 +82,10 @@ class FeatureDistance(Metric):
     FID of few samples is biased upwards: below ``D + 1`` samples the covariances are singular, a warning says so, and
     :meth:`between_halves` shows what the distance of two halves of the *same* set is at this size.
 
-    A :class:`ClipJudge` is an extractor. On a folder of CLIP ViT-L/14 at 336 px ``kind="cmmd"`` is the published CMMD; on
-    ``zoo:tiny_clip``, which ships, the distances rank sets of emoji pictures and compare with no paper. The FID of the
-    tables is that of Inception v3 pool features, whose weights do not ship. With ``torch-fidelity`` installed and its
-    weight file at hand::
+    A :class:`ClipJudge` is an extractor. On a folder of CLIP ViT-L/14 at 336 px ``kind="cmmd"`` is the published CMMD;
+    on ``zoo:tiny_clip``, which ships, the distances rank sets of emoji pictures and compare with no paper. The FID of
+    the tables is that of Inception v3 pool features, whose weights do not ship. With ``torch-fidelity`` installed
+    and its weight file at hand::
 
         from torchmetrics.image.fid import NoTrainInceptionV3
 

@@ -19,14 +19,20 @@ if TYPE_CHECKING:
     from safelight.metrics.detection_rate import DetectionRate as DetectionRate
     from safelight.metrics.distance import FeatureDistance as FeatureDistance
     from safelight.metrics.latent import LatentError as LatentError
+    from safelight.metrics.nudity import NudeNetDetector as NudeNetDetector
+    from safelight.metrics.perceptual import ClipMaps as ClipMaps
+    from safelight.metrics.perceptual import PerceptualDistance as PerceptualDistance
     from safelight.metrics.samples import SampleMean as SampleMean
     from safelight.metrics.samples import SampleRows as SampleRows
     from safelight.metrics.structure import SSIM as SSIM
+    from safelight.metrics.vlm import VlmDetector as VlmDetector
+    from safelight.metrics.zero_shot import ZeroShotDetector as ZeroShotDetector
 
 _HOME = {
     "SSIM": "structure",
     "ClipDetector": "detection",
     "ClipJudge": "clip",
+    "ClipMaps": "perceptual",
     "ClipScore": "clip_score",
     "ConceptAccuracy": "accuracy",
     "ConceptDetector": "detection",
@@ -34,9 +40,13 @@ _HOME = {
     "DetectionRate": "detection_rate",
     "FeatureDistance": "distance",
     "LatentError": "latent",
+    "NudeNetDetector": "nudity",
+    "PerceptualDistance": "perceptual",
     "SampleMean": "samples",
     "SampleRows": "samples",
     "ShuffledAccuracy": "accuracy",
+    "VlmDetector": "vlm",
+    "ZeroShotDetector": "zero_shot",
     "cost_report": "cost",
     "load_detector": "detection",
 }

@@ -82,6 +82,23 @@ class FeatureDistance(Metric):
     FID of few samples is biased upwards: below ``D + 1`` samples the covariances are singular, a warning says so, and
     :meth:`between_halves` shows what the distance of two halves of the *same* set is at this size.
 
+    A :class:`ClipJudge` is an extractor. On a folder of CLIP ViT-L/14 at 336 px ``kind="cmmd"`` is the published CMMD;
+    on ``zoo:tiny_clip``, which ships, the distances rank sets of emoji pictures and compare with no paper. The FID of
+    the tables is that of Inception v3 pool features, whose weights do not ship. With ``torch-fidelity`` installed
+    and its weight file at hand::
+
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        class Inception(nn.Module):
+            def __init__(self, weights: str) -> None:
+                super().__init__()
+                self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
+
+            def forward(self, pictures: Tensor) -> Tensor:
+                return self.net((pictures.clamp(0, 1) * 255).byte())  # (B, 2048)
+
+        fid = FeatureDistance(Inception("weights-inception-2015-12-05-6726825d.pth"), kind="fid")
+
     Args:
         extractor: Maps pictures ``(B, 3, H, W)`` in [0, 1] to features ``(B, D)``; None if features are given.
         kind: ``fid``, ``kid`` (unbiased, the choice for a few hundred samples) or ``cmmd``.

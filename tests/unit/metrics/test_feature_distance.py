@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from safelight.datamodules.emoji import EmojiDataset, Scene, things
 from safelight.errors import SafelightError
-from safelight.metrics import FeatureDistance
-from safelight.metrics.distance import cmmd_distance, frechet_distance, kernel_distance
+from safelight.metrics import ClipJudge, FeatureDistance
+from safelight.metrics.distance import DistanceKind, cmmd_distance, frechet_distance, kernel_distance
 
 
 def _with_moments(mean: Tensor, scale: Tensor) -> Tensor:
@@ -122,3 +123,27 @@ def test_mistakes_are_named() -> None:
     metric.update(torch.zeros(4, 2), real=True)
     with pytest.raises(SafelightError, match="0 generated sample"):
         metric.compute()
+
+
+@pytest.mark.parametrize("kind", ["fid", "kid", "cmmd"])
+@pytest.mark.filterwarnings("ignore:FID from")
+def test_tiny_clip_as_extractor_ranks_sets_of_pictures(kind: DistanceKind) -> None:
+    data, judge = EmojiDataset("all"), ClipJudge("zoo:tiny_clip")
+    names = [thing.name for thing in things()][:40]
+
+    def pictures(style: str, background: str) -> torch.Tensor:
+        return torch.stack([data.draw(Scene(name, style, background, "large")) for name in names]) / 2 + 0.5
+
+    real = pictures("noto", "white")
+    sets = {
+        "other style": pictures("twemoji", "white"),
+        "other background too": pictures("twemoji", "grey"),
+        "noise": torch.rand(real.shape, generator=torch.Generator().manual_seed(0)),
+    }
+    values = []
+    for generated in sets.values():
+        metric = FeatureDistance(judge, kind=kind)
+        metric.update(real, real=True)
+        metric.update(generated, real=False)
+        values.append(metric.compute().item())
+    assert values[0] < 0.5 * values[1] < 0.25 * values[2], values

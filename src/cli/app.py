@@ -26,7 +26,8 @@ def train_main(arguments: Sequence[str] | None = None, program: str = "python tr
         program: how the user started it, for commands to paste.
 
     Returns:
-        The exit code: 0, 2 for a mistake the user can mend, 128 + signal number when stopped.
+        The exit code: 0, 1 when another process of the run was lost, 2 for a mistake the user can mend, 128 + signal
+        number when stopped.
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     watch_parent()

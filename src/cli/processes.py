@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 from safelight.errors import SafelightError
 
 # What gloo and nccl say when the process at the other end is gone.
-_GONE = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "remote process exited")
+_GONE = ("onnection closed by peer", "onnection reset by peer", "remote process exit")
 _LOOK_EVERY = 0.5
 _GRACE = 5.0
 
@@ -59,8 +61,7 @@ def together(say_lost: Callable[[PeerLostError], None]) -> Iterator[None]:
     Raises:
         PeerLostError: in place of the error that a collective operation with a lost process ends in.
     """
-    from lightning.pytorch.strategies.launchers import subprocess_script
-
+    launchers: Any = import_module("lightning.pytorch.strategies.launchers.subprocess_script")
     started: list[subprocess.Popen[bytes]] = []
     told = threading.Event()
 
@@ -81,8 +82,8 @@ def together(say_lost: Callable[[PeerLostError], None]) -> Iterator[None]:
         started.extend(children)
         threading.Thread(target=watch, name="child-watch", daemon=True).start()
 
-    theirs = subprocess_script._launch_process_observer
-    subprocess_script._launch_process_observer = launched
+    theirs = launchers._launch_process_observer
+    launchers._launch_process_observer = launched
     try:
         yield
     except RuntimeError as error:
@@ -91,7 +92,7 @@ def together(say_lost: Callable[[PeerLostError], None]) -> Iterator[None]:
         raise PeerLostError(_story(started)) from error
     finally:
         told.set()
-        subprocess_script._launch_process_observer = theirs
+        launchers._launch_process_observer = theirs
 
 
 def _story(children: Sequence[subprocess.Popen[bytes]]) -> str:

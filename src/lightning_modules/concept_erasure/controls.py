@@ -18,6 +18,9 @@ from safelight.masking import activation_scores, fold
 if TYPE_CHECKING:
     from safelight.lightning_modules.concept_erasure.module import ConceptErasure
 
+_FINETUNE_ROWS = 2
+"""Prompts to erase in a step of fine-tuning, and as many to retain."""
+
 
 def erasing_models(module: ConceptErasure) -> Iterator[tuple[str, Generator, Masks | None]]:
     """Name, generator and masks of each model: ``dense``, the method itself (empty name), then the controls.
@@ -67,16 +70,23 @@ def wanda_masks(calibration: Calibration, like: Masks) -> Masks:
 
 
 def finetuned(module: ConceptErasure, calibration: Calibration, objective: Objective) -> Generator:
-    """A generator fine-tuned to erase the concept, by ESD or concept ablation."""
-    rows = [row for row, gone in enumerate(calibration.erase) if gone]
+    """A generator fine-tuned to erase the concept, by ESD or concept ablation, on the rows that calibrate our masks.
+
+    With the rows to retain beside them, which the authors' baselines do not have: without, ESD also unlearns whatever
+    else the prompts say.
+    """
+    erased = [row for row, gone in enumerate(calibration.erase) if gone]
+    kept = [row for row, gone in enumerate(calibration.erase) if not gone]
     return finetune(
         module.generator,
-        [calibration.prompts[row] for row in rows],
-        [calibration.anchors[row] for row in rows],
+        [calibration.prompts[row] for row in erased],
+        [calibration.anchors[row] for row in erased],
         objective=objective,
         steps=module.hparams.finetune_steps,
         lr=module.hparams.finetune_lr,
+        batch_size=_FINETUNE_ROWS,
         seed=module.hparams.seed,
+        retain_prompts=[calibration.prompts[row] for row in kept],
     )
 
 

@@ -123,6 +123,23 @@ def stored_settings(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     return content
 
 
+def tuned_for(settings: Mapping[str, Any], groups: Sequence[str], available: Sequence[str]) -> list[str]:
+    """Which tuned settings a folder as backbone gets: those of the model it was made from, and none if that is unknown.
+
+    Without this it would get those of the method's default backbone, which it is not.
+
+    Args:
+        settings: ``safelight.json`` of the folder.
+        groups: the choices so far.
+        available: names of all tuned files.
+    """
+    chosen = {word.partition("=")[0].lstrip("~"): word.partition("=")[2] for word in groups}
+    if "tuned" in chosen:
+        return []
+    wanted = f"{chosen.get('method')}-{settings.get('name')}"
+    return [f"tuned={wanted}" if wanted in available else "~tuned"]
+
+
 def use_folder_as_backbone(config: DictConfig, folder: Path, settings: Mapping[str, Any]) -> None:
     """Point the backbone block at a folder, with the settings that were saved beside it."""
     from omegaconf import open_dict

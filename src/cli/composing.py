@@ -112,6 +112,8 @@ def compose_all(overrides: Sequence[str]) -> Composed:
     parsed = [override for override in parsed if override.key_or_group != "hydra.searchpath"]
     groups, values, folder = choosing.split(parsed, loader, result.problems)
     settings = choosing.stored_settings(folder, result.problems) if folder else {}
+    if folder:
+        groups += choosing.tuned_for(settings, groups, loader.get_group_options("tuned"))
 
     def with_groups(words: Sequence[str]) -> DictConfig:
         loaded = hydra_files.load(loader, words)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safelight.errors import SafelightError
 from safelight.generators.quiet import quiet
 from safelight.generators.settings import DTYPES, FAMILIES, KEYS
-from safelight.generators.weights import check_weights
+from safelight.generators.weights import align, check_weights
 
 if TYPE_CHECKING:
     from safelight.generators.base import Generator
@@ -81,7 +81,10 @@ def load_generator(spec: str | Path | Mapping[str, Any] | Generator, **overrides
     keywords = {key: settings[key] for key in chosen if settings.get(key) is not None}
     keywords.setdefault("name", Path(source).name)
     generator = generator_for(denoiser)(pipeline, source=source, **keywords)
-    return generator.to(config.get("device"), dtype)
+    generator.to(config.get("device"), dtype)
+    for module in generator._modules():
+        align(module)
+    return generator
 
 
 def backbone_names() -> list[str]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safelight.errors import SafelightError
 
+if TYPE_CHECKING:
+    from torch import nn
+
+_ALIGNMENT = 64
+"""Bytes; what torch's own allocator gives."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -47,6 +53,17 @@ def check_safetensors(file: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise SafelightError(f"{file}: damaged safetensors file ({error}); copy or download it again") from error
+
+
+def align(module: nn.Module) -> None:
+    """Give weights that lie at odd addresses, as memory-mapped files leave them, memory of their own.
+
+    Matrix products take other paths over unaligned memory and then differ in the last bits, so a model read from a file
+    would not compute quite what its copy does.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _components(folder: Path) -> list[Path]:

@@ -206,3 +206,12 @@ def test_a_run_that_never_started_does_not_occupy_its_folder(tmp_path: Path) -> 
     assert is_used(tmp_path)
     make_run_folder({"run_dir": str(tmp_path), "overwrite": True})
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_as_backbone_is_tuned_as_the_model_it_was_made_from(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    words = ["method=concept_erasure", f"backbone={tmp_path}"]
+    assert compose(words)["choices"].get("tuned") is None, "it is not the default backbone"
+    (tmp_path / "safelight.json").write_text('{"name": "tiny_sdxl"}')
+    assert compose(words)["choices"]["tuned"] == "concept_erasure-tiny_sdxl"
+    assert compose([*words, "tuned=concept_erasure-tiny_flux"])["choices"]["tuned"] == "concept_erasure-tiny_flux"

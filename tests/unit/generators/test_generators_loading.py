@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safelight.errors import SafelightError
 from safelight.generators import Generator, build_denoiser_on_meta, generator_for, load_generator
 from safelight.generators.architectures import ARCHITECTURES
 from safelight.generators.loading import KEYS, backbone_names
-from safelight.testing.pipelines import build_pipeline
+from safelight.testing.pipelines import build_pipeline, pipeline_folder
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -264,3 +265,12 @@ def test_import_is_light() -> None:
     code = "import sys, safelight.generators; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(output.replace("'", '"')) == []
+
+
+def test_a_loaded_model_computes_what_its_copy_computes() -> None:
+    """To the last bit: weights of memory-mapped files may lie where matrix products take another path."""
+    generator = load_generator(pipeline_folder("flux"))
+    other = copy.deepcopy(generator)
+    noise, cond = generator.noise([3]), generator.encode(["a cat"])
+    assert torch.equal(generator.rollout(noise, cond), other.rollout(noise, cond))
+    assert all(p.data_ptr() % 64 == 0 for p in generator.denoiser.parameters())

@@ -22,12 +22,11 @@ off = {name: int((~mask).sum()) for name, mask in masks.items()}
 assert sum(off.values()) > 0, "nothing is off, so nothing can be seen in the weights"
 for name, mask in masks.items():
     module = pipeline.transformer.get_submodule(name)
-    silent = module.net[2].weight[:, ~mask] if name.endswith(("ff", "ff_context")) else module.linear.weight[~mask]
+    silent = module.linear.weight[~mask] if name.endswith("norm1_context") else module.net[2].weight[:, ~mask]
     assert not silent.any(), f"{name}: a unit that is off has weights"
 units = json.loads((folder / "units.json").read_text())
 assert sum(n for group in units["mask"].values() for n in group["per_module"].values()) == sum(off.values())
 """
-    # Random weights draw nothing a judge could find, so giving back would open every unit.
     overfit_changes: ClassVar[dict[str, Any]] = {"init": 0.0, "beta": 1.0}
     overfit_steps = 40
     # Gradients of gates are sparse, and Adam divides by their size.
@@ -35,6 +34,7 @@ assert sum(n for group in units["mask"].values() for n in group["per_module"].va
 
     def overrides(self) -> list[str]:
         return [
+            # Random weights draw nothing a judge could find, so giving back would open every unit.
             f"backbone={pipeline_folder('flux')}", "method.init=0", "method.minimality=none", "method.lr=0.05",
             "method.calibration_rows=4", "method.random_masks=1", "method.finetune_steps=4", "data.pairs=8",
             "data.test_size=4", "data.batch_size=1",

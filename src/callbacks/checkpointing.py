@@ -180,7 +180,9 @@ class Checkpoints(Checkpoint):
                 f"best.ckpt is chosen by {self.monitor!r}, but only {known} was logged; "
                 "set callbacks.checkpoints.monitor"
             )
-        number = float(value)
+        # Each rank has the value of its own samples unless it was logged with sync_dist=True. All must agree whether to
+        # write: that is a collective operation, in which those that write would wait for the others for ever.
+        number = float(trainer.strategy.reduce(value.detach().clone().to(pl_module.device), reduce_op="mean"))
         worst = math.inf if self.mode == "min" else -math.inf
         best = worst if self.best_value is None else self.best_value
         if number < best if self.mode == "min" else number > best:

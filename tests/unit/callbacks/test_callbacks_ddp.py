@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from safelight.callbacks import MetricsJsonl, NonFiniteError, ProgressLine, RunSummary, StopOnNonFinite
+from safelight.callbacks.checkpointing import Checkpoints, read_checkpoint
+from safelight.testing.running import on_two_ranks, quiet_trainer
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -65,3 +67,45 @@ def test_one_rank_writes_and_all_ranks_stop_at_the_same_step(tmp_path: Path) -> 
     assert [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["4 3", "4 3"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
+
+
+class Disagreeing(LightningModule):
+    """Rank 0's value falls from epoch to epoch, rank 1's rises, and their mean falls twice, then rises."""
+
+    values = ((9.0, 5.0, 3.0, 1.0), (1.0, 2.0, 3.0, 9.0))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/mse", self.values[self.global_rank][self.current_epoch])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def _keep_best(folder: Path) -> float | None:
+    checkpoints = Checkpoints(folder, monitor="val/mse")
+    trainer = quiet_trainer(
+        max_epochs=4,
+        max_steps=-1,
+        devices=2,
+        strategy="ddp",
+        callbacks=[checkpoints],
+        enable_checkpointing=True,
+        limit_val_batches=1,
+    )
+    loader = DataLoader(torch.ones(4, 2), batch_size=2)
+    trainer.fit(Disagreeing(), loader, loader)
+    return checkpoints.best_value
+
+
+@pytest.mark.ddp
+def test_ranks_that_see_other_values_agree_on_the_best(tmp_path: Path) -> None:
+    """Writing is a collective operation: if each went by its own value, one would wait for the other for ever."""
+    assert on_two_ranks(_keep_best, tmp_path) == [3.0, 3.0]
+    assert read_checkpoint(tmp_path / "best.ckpt")["epoch"] == 2

@@ -19,7 +19,7 @@ def test_set_up_is_two_lines_and_the_same_installation() -> None:
     assert len(lines) == 2
     run, test = lines
     assert run.endswith("python train.py method=ecodiff")
-    assert test.endswith(".venv/bin/pytest")
+    assert test.endswith(".venv/bin/pytest -n 2")
     assert all(
         line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ") for line in lines
     )

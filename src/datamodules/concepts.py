@@ -113,7 +113,7 @@ class ConceptDataModule(LightningDataModule):
         kind: Literal["object", "character", "style", "nsfw"] = "object",
         synonyms: list[str] | None = None,
         pairs: Annotated[int, Ge(1)] = 24,
-        groups: Annotated[int, Ge(1)] | None = 120,
+        groups: Annotated[int, Ge(1)] | None = None,
         retain: str = "emoji",
         retain_column: int | str = 0,
         retain_per_erase: Annotated[int, Ge(1)] = 2,

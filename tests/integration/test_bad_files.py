@@ -162,7 +162,7 @@ CONCEPT_TABLES: list[tuple[str, str, bytes, list[str]]] = [
     ("source", "other.txt", b"a cat\n", ["'a cat' holds none of", "data.anchor"]),
     ("source", "few.txt", b"a pistol\n", ["few.txt holds 1 prompts with 'pistol'", "data.pairs=24"]),
     ("retain", "latin.tsv", "caf\u00e9\n".encode("latin-1"), ["data.retain", "latin.tsv is not text in UTF-8"]),
-    ("retain", "short.txt", b"a cat\n", ["short.txt holds 1 different captions", "ask for 72"]),
+    ("retain", "short.txt", b"a cat\n", ["short.txt holds 1 different captions", "ask for 264"]),
     ("attack_file", "captions.csv", b"caption,url\na,b\n", ["['caption', 'url']", "no known format"]),
     ("attack_file", "seeds.csv", b"prompt,evaluation_seed\na,b\n", ["line 2 of seeds.csv", "'b' as evaluation_seed"]),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from safelight.masking import MaskBank
 _TURN = 900_001
 """Far behind the steps of any training, so that no noise was trained on."""
 _CHUNK = 16
-_SLACK = 1.1
-"""Without a decoder: how much farther from its target an erased latent may end than with all learned units off."""
 
 
 def first_rows(loader: Any, count: int) -> list[list[Any]]:
@@ -53,6 +51,13 @@ def first_rows(loader: Any, count: int) -> list[list[Any]]:
     if not found[True]:
         raise SafelightError("train_dataloader: no row of its data set has erase=True; there is nothing to erase")
     return found[True] + found[False]
+
+
+class Erasure(NamedTuple):
+    """How well a concept is erased: mean squared latent distance from the targets, and the share that shows it."""
+
+    distance: float
+    rate: float
 
 
 class Calibration:
@@ -94,7 +99,7 @@ class Calibration:
         noise = self.generator.noise([self.seeds[row] for row in rows])
         return self.generator.rollout(noise, self.targets.dense.conditioning(prompts), checkpoint=checkpoint)
 
-    def goals(self) -> list[Tensor]:
+    def goals(self, erase_only: bool = False) -> list[Tensor]:
         """Targets of ``chunks()``; no gates may be in force."""
         return [
             self.targets.latents(
@@ -103,27 +108,32 @@ class Calibration:
                 [self.erase[row] for row in rows],
                 [self.seeds[row] for row in rows],
             )
-            for rows in self.chunks()
+            for rows in self.chunks(erase_only)
         ]
 
-    def give_back(self, masks: Masks, tolerated_rate: float) -> Masks:
+    def give_back(self, masks: Masks, kept_effect: float, tolerated_rate: float) -> Masks:
         """Switch on what erasure does not need, see ``minimality.give_back``.
 
         Args:
             masks: name to boolean mask.
-            tolerated_rate: share of the rows to erase that may still show the concept.
+            kept_effect: share of what ``masks`` do to the latents of the rows to erase that must stay: how far these
+                come from where the dense model ends towards where they should.
+            tolerated_rate: share of those rows that may still show the concept.
         """
         with self.bank.attached(self.generator.denoiser):
             self.bank.set_gates(None)
-            goals = self.goals()
+            goals, erased = self.goals(), self.goals(erase_only=True)
             try:
-                gradients = self.gradients(goals)
-                if self.inspector is None:
-                    bound = _SLACK * self.erase_distance(masks, goals)
-                    return give_back(masks, gradients, lambda m: self.erase_distance(m, goals) <= bound)
+                dense, all_off = self.erasure({}, erased), self.erasure(masks, erased)
+                distance = dense.distance - kept_effect * (dense.distance - all_off.distance)
                 # Where training left some of the concept, no more of it may come back.
-                rate = max(tolerated_rate, self.detection_rate(masks))
-                return give_back(masks, gradients, lambda m: self.detection_rate(m) <= rate)
+                rate = max(tolerated_rate, all_off.rate)
+
+                def holds(candidate: Masks) -> bool:
+                    found = self.erasure(candidate, erased)
+                    return found.distance <= distance and found.rate <= rate
+
+                return give_back(masks, self.gradients(goals), holds)
             finally:
                 self.bank.set_gates(None)
 
@@ -143,23 +153,15 @@ class Calibration:
         return gradients
 
     @torch.no_grad()
-    def detection_rate(self, masks: Masks) -> float:
-        """Share of the rows to erase whose picture shows the concept under these masks."""
-        assert self.inspector is not None
+    def erasure(self, masks: Masks, goals: Sequence[Tensor]) -> Erasure:
+        """How well the rows to erase are erased under these masks; ``goals`` are their targets."""
         self.bank.set_gates(masks)
-        found = []
-        for rows in self.chunks(erase_only=True):
-            pictures = self.generator.decode(self.rollout(rows))
-            prompts, anchors = [self.prompts[row] for row in rows], [self.anchors[row] for row in rows]
-            found.append(self.inspector.find(pictures, [self.concepts[row] for row in rows], prompts, anchors)[0])
-        return float(torch.cat(found).mean())
-
-    @torch.no_grad()
-    def erase_distance(self, masks: Masks, goals: Sequence[Tensor]) -> float:
-        """Mean squared distance of erased rows from where they should end."""
-        self.bank.set_gates(masks)
-        distances = []
-        for rows, goal in zip(self.chunks(), goals, strict=True):
-            chosen = torch.tensor([self.erase[row] for row in rows])
-            distances.append(row_distances(self.rollout(rows), goal).cpu()[chosen])
-        return float(torch.cat(distances).mean())
+        distances, found = [], []
+        for rows, goal in zip(self.chunks(erase_only=True), goals, strict=True):
+            latent = self.rollout(rows)
+            distances.append(row_distances(latent, goal).cpu())
+            if self.inspector is not None:
+                prompts, anchors = [self.prompts[row] for row in rows], [self.anchors[row] for row in rows]
+                concepts = [self.concepts[row] for row in rows]
+                found.append(self.inspector.find(self.generator.decode(latent), concepts, prompts, anchors)[0])
+        return Erasure(float(torch.cat(distances).mean()), float(torch.cat(found).mean()) if found else 0.0)

@@ -73,8 +73,10 @@ class ConceptErasure(SafelightModule):
             ``fresh`` draws new ones in every step, ``fixed`` has one for all (the published code).
         sparsity_weight: weight of the expected share of units that stay on (paper: 0).
         off_weight: weight of the expected share of units that are switched off: the L0 term of minimality, ours.
-        minimality: ``give_back`` switches units on again after training as long as the concept stays gone on the
-            calibration samples (ours); ``none`` switches off every unit whose logit ended below zero (paper).
+        minimality: ``give_back`` switches units on again after training as long as erasure holds on the calibration
+            samples (ours); ``none`` switches off every unit whose logit ended below zero (paper).
+        kept_effect: share of what the mask does to erased latents that must stay when units are given back. A detector
+            alone would be satisfied long before a person is.
         max_units_off: switch off exactly the so many units with the lowest logits instead; null for the threshold.
         tolerated_rate: share of calibration prompts that may still show the concept when units are given back.
         grad_mode: what the backward pass recomputes: ``step`` keeps T latents, ``step+block`` less, ``none`` recomputes
@@ -118,6 +120,7 @@ class ConceptErasure(SafelightModule):
         off_weight: Annotated[float, Ge(0)] = 0.0,
         minimality: Literal["give_back", "none"] = "give_back",
         max_units_off: Annotated[int, Ge(1)] | None = None,
+        kept_effect: Annotated[float, Interval(ge=0, le=1)] = 0.85,
         tolerated_rate: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
         grad_mode: Literal["none", "step", "step+block"] = "step",
         weight_decay: Annotated[float, Ge(0)] = 0.01,
@@ -275,7 +278,7 @@ class ConceptErasure(SafelightModule):
         if self._final_masks is None:
             masks = self.plain_masks()
             if self.hparams.minimality == "give_back":
-                masks = self.calibration().give_back(masks, self.hparams.tolerated_rate)
+                masks = self.calibration().give_back(masks, self.hparams.kept_effect, self.hparams.tolerated_rate)
             self._final_masks = masks
         return self._final_masks
 

@@ -90,6 +90,7 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {"data.batch_size": 128, "data.drop_attribute": 0.3, "trainer.max_steps": 100,
          "trainer.gradient_clip_val": 1.0, "trainer.limit_val_batches": 0},
     ),
+    "concept_erasure": ("ConceptErasure", {"backbone": "tiny_flux", "data": "concepts"}, {"trainer.max_steps": 100}),
     "ecodiff": ("EcoDiff", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 100}),
     "heal": ("Heal", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 200}),
     "text_to_image": (
@@ -117,6 +118,10 @@ def test_a_method_runs_on_what_ships(method: str) -> None:
 
 
 DATA: dict[str, tuple[str, dict[str, Any]]] = {
+    "concepts": (
+        "ConceptDataModule",
+        {"concept": "pistol", "source": "emoji", "groups": 120, "retain_neighbours": True},
+    ),
     "emoji": ("EmojiDataModule", {"batch_size": 64}),
     "prompts": ("PromptDataModule", {"source": "emoji"}),
 }
@@ -130,11 +135,12 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "fsdp2": {
         "accelerator": "gpu",
         "devices": "auto",
-        "strategy._target_": "lightning.pytorch.strategies.ModelParallelStrategy",
-        "strategy.data_parallel_size": "auto",
-        "strategy.tensor_parallel_size": 1,
-        # One file that a single device opens again, and eval.py with it.
-        "strategy.save_distributed_checkpoint": False,
+        "strategy._target_": "safelight.lightning_modules.sharding.FullySharded",
+    },
+    "fsdp2_cpu": {
+        "accelerator": "cpu",
+        "devices": 2,
+        "strategy._target_": "safelight.lightning_modules.sharding.FullySharded",
     },
 }
 CHECKPOINTS = {
@@ -187,7 +193,8 @@ def test_options(group: str, table: dict[str, dict[str, Any]]) -> None:
         ("gpu", 4, "CUDAAccelerator", 1, "SingleDeviceStrategy"),
         ("ddp", 4, "CUDAAccelerator", 4, "DDPStrategy"),
         ("ddp_cpu", 4, "CPUAccelerator", 2, "DDPStrategy"),
-        ("fsdp2", 4, "CUDAAccelerator", 4, "ModelParallelStrategy"),
+        ("fsdp2", 4, "CUDAAccelerator", 4, "FullySharded"),
+        ("fsdp2_cpu", 4, "CPUAccelerator", 2, "FullySharded"),
     ],
 )
 def test_a_trainer_is_what_help_says(

@@ -118,7 +118,7 @@ def test_more_groups_bring_other_noises_and_other_retain_rows() -> None:
 
 
 def test_every_second_retain_row_may_be_a_neighbour() -> None:
-    module = ready(retain_neighbours=True)
+    module = ready(retain_neighbours=True, groups=120)
     shown = [SCENES[prompt].thing in module.neighbour_words for prompt, _, erase, _ in train_rows(module) if not erase]
     assert shown == [True, False] * 120
     assert not any(SCENES[p].thing in module.neighbour_words for p, _, erase, _ in train_rows(ready()) if not erase)

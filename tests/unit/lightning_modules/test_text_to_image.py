@@ -22,6 +22,7 @@ from safelight.testing.pipelines import build_pipeline, pipeline_folder
 
 class TestContract(MethodContract):
     method = "text_to_image"
+    family = "flux"
     opens_with = """
 import torch
 from diffusers import FluxPipeline
@@ -37,7 +38,7 @@ assert picture.shape == (1, 3, 16, 16) and picture.std() > 0
 
     def overrides(self) -> list[str]:
         return [
-            f"backbone={pipeline_folder('flux')}", "method.warmup_steps=2", "method.lr=1e-2",
+            f"backbone={pipeline_folder(self.family)}", "method.warmup_steps=2", "method.lr=1e-2",
             "data.image_size=16", "data.test_size=5",
         ]  # fmt: skip
 

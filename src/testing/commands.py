@@ -84,7 +84,8 @@ def _first_that_fails(processes: list[ForkServerProcess]) -> int:
     running = {process.sentinel: rank for rank, process in enumerate(processes)}
     failed = None
     while running and failed is None:
-        ended = sorted(running.pop(int(sentinel)) for sentinel in wait(list(running), deadline - time.monotonic()))
+        ready = wait(list(running), deadline - time.monotonic())
+        ended = [running.pop(sentinel) for sentinel in list(running) if sentinel in ready]
         if not ended:
             failed = min(running.values())
         failed = next((rank for rank in ended if processes[rank].exitcode != 0), failed)

@@ -114,7 +114,7 @@ class Killing(Instance):
             folder: an empty one.
             ranks: processes.
         """
-        whole = _uninterrupted(type(self), steps, ranks)
+        whole = _uninterrupted(type(self), steps, ranks)  # type: ignore[arg-type]  # mypy: classes are not Hashable
         workers = [f"data.num_workers={kill.num_workers}"] if self._data_takes("num_workers") else []
         words = (*whole.words, *workers, "run_dir=run", "resume=auto")
         order = signals.when(kill.step, signal.SIGKILL, kill.place)
@@ -136,7 +136,7 @@ class Killing(Instance):
     def _data_takes(self, name: str) -> bool:
         """Whether the data module has a setting of that name."""
         block = self.config.get("data")
-        return bool(block) and name in signature_of(block["_target_"]).parameters
+        return name in signature_of(block["_target_"]).parameters if block else False
 
 
 @cache

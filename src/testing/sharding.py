@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
@@ -27,12 +28,13 @@ class ShardingContract:
 
     if TYPE_CHECKING:  # what MethodContract brings
         # ruff: noqa: D102
-        batch_size: int
-        equivalence_changes: Mapping[str, Any]
-        equivalence_precision: str
-        equivalence_tolerance: float
-        config: dict[str, Any]
+        batch_size: ClassVar[int]
+        equivalence_changes: ClassVar[Mapping[str, Any]]
+        equivalence_precision: ClassVar[str]
+        equivalence_tolerance: ClassVar[float]
 
+        @cached_property
+        def config(self) -> dict[str, Any]: ...
         def kind(self) -> type[SafelightModule]: ...
         def build(self, **changes: Any) -> SafelightModule: ...
         def train_loader(self, batch_size: int, count: int) -> ResumableLoader: ...

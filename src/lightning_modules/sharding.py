@@ -74,9 +74,8 @@ def shard(module: LightningModule, paths: Sequence[str], mesh: DeviceMesh) -> No
     ]
     for part in parts:
         for block in _blocks(part):
-            fully_shard(block, mesh=mesh)
-        # Cut again after the forward pass too: averages, checkpoints and the optimiser look at it between passes.
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            _cut(block, mesh)
+        _cut(part, mesh)
     for owner, name, home, original in again:
         owner.register_parameter(name, home._parameters[original])
     left = [name for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
@@ -85,6 +84,17 @@ def shard(module: LightningModule, paths: Sequence[str], mesh: DeviceMesh) -> No
             f"{type(module).__name__}.sharded leaves out {', '.join(left[:3])}, whose gradients nothing would average; "
             "add the sub-module that holds them"
         )
+
+
+def _cut(module: nn.Module, mesh: DeviceMesh) -> None:
+    """``fully_shard``, after which the module's class still goes by its own name."""
+    origin = type(module)
+    # Cut again after every forward pass: averages, checkpoints and the optimiser look at the weights between passes.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    # It is a subclass made on the fly now. Libraries look classes up by what they print as; transformers would not
+    # find which hidden states to return, of which SDXL takes the last but one.
+    kind = type(module)
+    kind.__module__, kind.__qualname__ = origin.__module__, origin.__qualname__
 
 
 def _called(part: nn.Module) -> Iterator[nn.Module]:

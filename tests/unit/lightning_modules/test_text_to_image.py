@@ -175,7 +175,7 @@ def test_pictures_are_encoded_once() -> None:
 
 
 def test_conditioning_in_training_is_that_of_sampling() -> None:
-    for family in ("flux", "unet_sdxl"):
+    for family in ("flux", "unet_sdxl", "unet_sd"):
         module = TextToImage(backbone=generator(family))
         module.eval()
         captions = ["a cat", "a dog 1"]
@@ -191,6 +191,20 @@ def test_conditioning_in_training_is_that_of_sampling() -> None:
         loss = sum(value.square().sum() for key, value in trained.items() if key != "time_ids")
         loss.backward()  # type: ignore[union-attr]
         assert any(p.grad is not None and p.grad.norm() > 0 for p in module.trained["text_encoder"].parameters())
+
+
+@pytest.mark.parametrize("family", ["flux", "unet_sdxl", "unet_sd"])
+def test_drawing_is_the_generators_own_sampling_with_guidance(family: str) -> None:
+    module = TextToImage(backbone=generator(family))
+    source = module.generator
+    source.configure(guidance_scale=3.0)
+    captions, seeds = ["a cat", "a cat", "a dog 1"], [1, 2, 3]
+    with torch.no_grad(), module.averaged():
+        wanted = source.decode(source.rollout(source.noise(seeds), source.encode(captions)))
+    drawn = module.draw(captions, seeds)
+    assert torch.allclose(drawn, wanted, atol=1e-4)
+    source.configure(guidance_scale=1.0)
+    assert not torch.allclose(module.draw(captions, seeds), wanted, atol=1e-3)
 
 
 def test_checkpoint_resumes_exactly_and_leaves_the_autoencoder_out(tmp_path: Path) -> None:

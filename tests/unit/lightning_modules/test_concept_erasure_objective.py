@@ -84,6 +84,8 @@ def test_loss_is_that_of_the_alternating_loop() -> None:
 def test_noise_of_a_row() -> None:
     assert noise_seeds([5, 9], "fixed", 3) == [48, 48]
     assert noise_seeds([5, 9], "pool", 3) == noise_seeds([5, 9], "pool", 4) == [5, 9]
+    # The rule itself is fixed, so that a resumed run meets the noises of the uninterrupted one.
+    assert noise_seeds([5, 9], "fresh", 3) == [5_000_018, 9_000_030]
     fresh = {seed for step in range(50) for seed in noise_seeds([5, 6, 9], "fresh", step)}
     assert len(fresh) == 150
 

@@ -60,6 +60,14 @@ def test_nothing_is_given_back_where_erasure_failed() -> None:
     assert torch.equal(left["x"], masks["x"])
 
 
+def test_open_units_stay_open_even_where_closing_one_did_harm() -> None:
+    """An open unit contributes nothing, which is more than a closed one that raises the loss."""
+    masks = {"x": torch.tensor([True, False, False, True])}
+    effect = {"x": torch.tensor([0.0, 5.0, -3.0, 0.0])}
+    left = give_back(masks, lambda gates: effect, lambda gates: units_off(gates) >= 2)
+    assert torch.equal(left["x"], masks["x"])
+
+
 def test_contributions_add_up_to_the_change_of_the_loss() -> None:
     """Completeness of integrated gradients: exact for a quadratic loss by the midpoint rule."""
     stream = torch.Generator().manual_seed(0)

@@ -68,6 +68,20 @@ def test_open_units_stay_open_even_where_closing_one_did_harm() -> None:
     assert torch.equal(left["x"], masks["x"])
 
 
+def test_what_is_left_is_ranked_anew() -> None:
+    """The first unit is all that erasure needs, but only once the third is open does it look like it."""
+    masks = {"x": torch.zeros(4, dtype=torch.bool)}
+
+    def gradients(gates: Masks) -> Masks:
+        return {"x": torch.tensor([5.0, 1.0, 0.5, 0.1] if gates["x"][2] == 1 else [1.0, 5.0, 0.5, 0.1])}
+
+    def erased(gates: Masks) -> bool:
+        return not gates["x"][0]
+
+    assert give_back(masks, gradients, erased, rounds=1)["x"].tolist() == [False, False, True, True]
+    assert give_back(masks, gradients, erased, rounds=2)["x"].tolist() == [False, True, True, True]
+
+
 def test_contributions_add_up_to_the_change_of_the_loss() -> None:
     """Completeness of integrated gradients: exact for a quadratic loss by the midpoint rule."""
     stream = torch.Generator().manual_seed(0)

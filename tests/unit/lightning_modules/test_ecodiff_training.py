@@ -79,7 +79,7 @@ def test_gates_are_drawn_once_per_optimisation_step(grad_mode: str, monkeypatch:
 
 def test_losses_are_reconstruction_regulariser_and_augmented_lagrangian() -> None:
     module, losses = toy_ecodiff(
-        keep=0.6, init=1.0, beta=0.3, regulariser="l1", price="units", target_strength=2.0, target_anneal=0.5,
+        keep=0.6, init=1.0, beta=0.3, regulariser="l1", price="units", target_strength=3.0, target_anneal=0.5,
         correction="none", head_lr=1e-9, neuron_lr=1e-9, seed=3,
     ), Losses()  # fmt: skip
     trainer(max_steps=4, callbacks=[losses]).fit(module, loader(16))
@@ -97,11 +97,11 @@ def test_losses_are_reconstruction_regulariser_and_augmented_lagrangian() -> Non
                 error = (other.rollout(noise, cond) - dense).square().mean().item()
         excess = kept - wanted[step]
         # One mean of |logit| = 1 for the heads, one for the neurons.
-        expected = error + 0.3 * (1 + 1) + multiplier * excess + 2.0 / 2 * excess**2
+        expected = error + 0.3 * (1 + 1) + multiplier * excess + 3.0 / 2 * excess**2
         assert losses.values[step] == pytest.approx(expected, rel=1e-5)
         at, reconstruction, share = module.history[step]
         assert (at, float(reconstruction), float(share)) == pytest.approx((step, error, kept), rel=1e-5)
-        multiplier += 0.02 * 2.0 * (kept - later[step])
+        multiplier += 0.02 * 3.0 * (kept - later[step])
         assert error > 1e-3
     assert module.target.multiplier.item() == pytest.approx(multiplier, rel=1e-4)
 

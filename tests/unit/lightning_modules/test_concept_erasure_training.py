@@ -13,6 +13,7 @@ from zoo_toys import Losses, load
 
 from safelight.generators import Generator, generator_for
 from safelight.lightning_modules import ConceptErasure
+from safelight.lightning_modules.concept_erasure.minimality import units_off
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import MaskBank
 from safelight.testing.pipelines import build_pipeline
@@ -71,3 +72,14 @@ def test_losses_of_two_steps_are_the_formula(target: Any, off_weight: float) -> 
         assert [float(value) for value in values] == pytest.approx(
             [erased, retained, len(scores) / len(flat)], rel=1e-4
         )
+
+
+def test_masks_are_the_threshold_or_an_exact_number_of_units() -> None:
+    module = ConceptErasure(backbone=toy_generator(), init=1.0)
+    for position, logits in enumerate(module.bank.logits.values()):
+        logits.data[:2] = torch.tensor([-0.5, -0.1 * position - 1.0])
+    layers = len(module.bank.logits)
+    assert units_off(module.plain_masks()) == 2 * layers
+    module.hparams.max_units_off = 1
+    off = {name: (~mask).nonzero().flatten().tolist() for name, mask in module.plain_masks().items() if not mask.all()}
+    assert off == {list(module.bank.scores())[-1]: [1]}  # the lowest logit of all

@@ -13,6 +13,7 @@ from zoo_toys import Losses, load, pictures
 
 from safelight.lightning_modules import Autoencoder
 from safelight.lightning_modules.autoencoder.module import whiten_latents
+from safelight.lightning_modules.randomness import row_generator, step_seed
 from safelight.testing.contracts import MethodContract
 
 
@@ -59,6 +60,25 @@ def test_whitening_changes_the_latents_and_not_the_pictures() -> None:
     before = model.decode(new.mean).sample
     whiten_latents(model, torch.zeros(3).double(), torch.tensor([0.5, 2.0, 3.0]).double())
     assert torch.allclose(model.decode(model.encode(images).latent_dist.mode()).sample, before, atol=1e-9)
+
+
+def test_first_loss_is_the_formula_and_the_moments_follow() -> None:
+    module, losses = small_autoencoder(lr=1e-9, kl_weight=0.3, edge_weight=0.7, seed=4), Losses()
+    trainer(max_steps=1, callbacks=[losses]).fit(module, load(pictures()))
+    images, other = next(iter(load(pictures())))["image"], small_autoencoder().autoencoder
+    with torch.no_grad():
+        latent = other.encode(images).latent_dist
+        mean, variance = latent.mean, latent.logvar.exp()
+        rows = [row_generator(step_seed(4, 0), row) for row in range(4)]
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=row) for row in rows])
+        gap = other.decode(mean + variance.sqrt() * noise).sample - images
+    across, down = gap[..., 1:] - gap[..., :-1], gap[..., 1:, :] - gap[..., :-1, :]
+    # KL divergence from the standard normal, per number of the latent.
+    kl = (mean.square() + variance - 1 - latent.logvar).mean() / 2
+    wanted = gap.abs().mean() + 0.7 * (across.abs().mean() + down.abs().mean()) + 0.3 * kl
+    assert losses.values[0] == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(module.latent_mean, 0.01 * mean.mean((0, 2, 3)))
+    torch.testing.assert_close(module.latent_square, 0.99 + 0.01 * mean.square().mean((0, 2, 3)))
 
 
 def test_autoencoder_learns_and_exports_whitened(tmp_path: Path) -> None:

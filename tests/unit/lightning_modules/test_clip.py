@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from zoo_toys import Losses, load
 
 from safelight.lightning_modules import Clip
+from safelight.lightning_modules.clip.module import roughen
+from safelight.lightning_modules.randomness import row_generator, step_generator, step_seed
 from safelight.testing.contracts import MethodContract
 
 
@@ -44,6 +47,25 @@ def emoji(count: int) -> list[dict[str, Any]]:
     data = EmojiDataset("all", 64)
     rows = [data[i * len(data) // len(things())] for i in range(count)]
     return [row | {"caption": f"a {row['thing']}"} for row in rows]
+
+
+@pytest.mark.parametrize(("logit_scale", "in_force"), [(1.5, 1.5), (5.0, math.log(100))])
+def test_first_loss_is_that_of_transformers(clip_folder: Path, logit_scale: float, in_force: float) -> None:
+    """On the roughened pictures, with the multiplier held at 100."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    items = emoji(6)
+    module, losses = Clip(pretrained=str(clip_folder), lr=1e-9, shift=2, noise=0.1, seed=4), Losses()
+    module.clip.logit_scale.data.fill_(logit_scale)
+    trainer(max_steps=1, callbacks=[losses]).fit(module, load(items, 6))
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder).tokenizer
+    model.logit_scale.data.fill_(in_force)
+    tokens = tokenizer([item["caption"] for item in items], padding="max_length", truncation=True, return_tensors="pt")
+    rows = [row_generator(step_seed(4, 0), row) for row in range(6)]
+    rough = roughen(torch.stack([item["image"] for item in items]), step_generator(4, 0), rows, 2, 0.1)
+    with torch.no_grad():
+        wanted = model(pixel_values=rough, **tokens, return_loss=True).loss
+    assert losses.values[0] == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_clip_learns_to_name_what_it_saw(clip_folder: Path, tmp_path: Path) -> None:

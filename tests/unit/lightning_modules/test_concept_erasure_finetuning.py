@@ -13,6 +13,7 @@ from safelight.errors import SafelightError
 from safelight.generators import Generator, VelocityGenerator, generator_for
 from safelight.generators.targets import weights_digest
 from safelight.lightning_modules.concept_erasure.finetuning import (
+    _Rows,
     erasure_target,
     finetune,
     predict_plain,
@@ -127,6 +128,28 @@ def test_retained_prompts_hold_what_they_share_with_the_erased() -> None:
     assert weights(both)[1] == pytest.approx(1.25, abs=0.25)
 
 
+def test_a_batch_is_erased_rows_and_then_as_many_retained_ones() -> None:
+    rows = _Rows(linear(7.0), ["gun", "gun"], ["toy", "toy"], ["cat", "", "cat"])
+    drawn = rows.draw(100, torch.Generator().manual_seed(0))
+    assert set(drawn[:100].tolist()) == {0, 1}
+    assert set(drawn[100:].tolist()) == {2, 3, 4}
+    chosen = torch.tensor([0, 1, 2, 3])
+    cond, anchor = rows.cond(chosen), rows.anchor(chosen)
+    assert cond["label"].tolist() == [WORDS["gun"], WORDS["gun"], WORDS["cat"], WORDS[""]]
+    assert anchor["label"].tolist() == [WORDS["toy"], WORDS["toy"], WORDS["cat"], WORDS[""]]
+    z, t = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), 0.5
+    kept = torch.stack([3 * z[2] + t, 0.5 * z[3] + t])
+    ablated, guided = (rows.target(z, 1, cond, anchor, objective, 2.0) for objective in ("ca", "esd"))
+    torch.testing.assert_close(ablated, torch.cat([-z[:2] + t, kept]))
+    torch.testing.assert_close(guided, torch.cat([0.5 * z[:2] + t - 2.0 * (2.0 - 0.5) * z[:2], kept]))
+    # Without retained prompts every row is an erased one.
+    alone = _Rows(linear(), ["gun"], ["toy"], [])
+    assert alone.draw(5, torch.Generator()).tolist() == [0] * 5
+    one = torch.zeros(4, dtype=torch.long)
+    found = alone.target(z, 1, alone.cond(one), alone.anchor(one), "ca", 1.0)
+    torch.testing.assert_close(found, -z + t)
+
+
 def test_latents_lie_on_the_path_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The student's and the original's paths part as soon as the student has moved."""
     from safelight.lightning_modules.concept_erasure import finetuning
@@ -198,10 +221,10 @@ def test_training_ends_where_the_caller_is_content() -> None:
         return weights(model)[1] < 1.5
 
     erased = finetune(
-        linear(), ["gun"], ["toy"], objective="ca", parameters="full", lr=0.1, steps=200, after_round=content
+        linear(steps=3), ["gun"], ["toy"], objective="ca", parameters="full", lr=0.1, steps=200, after_round=content
     )
-    assert calls == list(range(2, calls[-1] + 1, 2))
-    assert calls[-1] <= 10
+    assert calls == list(range(3, calls[-1] + 1, 3))
+    assert calls[-1] <= 12
     assert 1.0 < weights(erased)[1] < 1.5
 
 
@@ -237,7 +260,8 @@ def test_what_each_choice_trains() -> None:
     ("family", "parameters", "message"),
     [
         ("flux", "selfatn_one", r"parameters='selfatn_one': .*did you mean 'selfattn_one'\?"),
-        ("dit", "textattn", "parameters='textattn': names no parameter of this dit denoiser"),
+        ("dit", "textattn", "parameters='textattn': names no parameter of this dit denoiser; choose one of"),
+        ("flux", "xyzzy", "parameters='xyzzy': names no parameter of this flux denoiser; choose one of"),
         ("flux", "(", r"parameters='\(': not a regular expression"),
     ],
 )

@@ -60,6 +60,28 @@ def test_nothing_is_given_back_where_erasure_failed() -> None:
     assert torch.equal(left["x"], masks["x"])
 
 
+def test_open_units_stay_open_even_where_closing_one_did_harm() -> None:
+    """An open unit contributes nothing, which is more than a closed one that raises the loss."""
+    masks = {"x": torch.tensor([True, False, False, True])}
+    effect = {"x": torch.tensor([0.0, 5.0, -3.0, 0.0])}
+    left = give_back(masks, lambda gates: effect, lambda gates: units_off(gates) >= 2)
+    assert torch.equal(left["x"], masks["x"])
+
+
+def test_what_is_left_is_ranked_anew() -> None:
+    """The first unit is all that erasure needs, but only once the third is open does it look like it."""
+    masks = {"x": torch.zeros(4, dtype=torch.bool)}
+
+    def gradients(gates: Masks) -> Masks:
+        return {"x": torch.tensor([5.0, 1.0, 0.5, 0.1] if gates["x"][2] == 1 else [1.0, 5.0, 0.5, 0.1])}
+
+    def erased(gates: Masks) -> bool:
+        return not gates["x"][0]
+
+    assert give_back(masks, gradients, erased, rounds=1)["x"].tolist() == [False, False, True, True]
+    assert give_back(masks, gradients, erased, rounds=2)["x"].tolist() == [False, True, True, True]
+
+
 def test_contributions_add_up_to_the_change_of_the_loss() -> None:
     """Completeness of integrated gradients: exact for a quadratic loss by the midpoint rule."""
     stream = torch.Generator().manual_seed(0)

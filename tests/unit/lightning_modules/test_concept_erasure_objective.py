@@ -84,6 +84,8 @@ def test_loss_is_that_of_the_alternating_loop() -> None:
 def test_noise_of_a_row() -> None:
     assert noise_seeds([5, 9], "fixed", 3) == [48, 48]
     assert noise_seeds([5, 9], "pool", 3) == noise_seeds([5, 9], "pool", 4) == [5, 9]
+    # The rule itself is fixed, so that a resumed run meets the noises of the uninterrupted one.
+    assert noise_seeds([5, 9], "fresh", 3) == [5_000_018, 9_000_030]
     fresh = {seed for step in range(50) for seed in noise_seeds([5, 6, 9], "fresh", step)}
     assert len(fresh) == 150
 
@@ -224,23 +226,64 @@ def conditioning(generator: Generator, seed: int) -> dict[str, Tensor]:
     return {key: torch.randn(v.shape, generator=stream) for key, v in random_conditioning(generator, 1).items()}
 
 
-def test_flowedit_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def told_by_name(monkeypatch: pytest.MonkeyPatch, generator: Generator, names: tuple[str, ...]) -> None:
+    """Texts that no encoder has to read."""
+    conds = {name: conditioning(generator, i) for i, name in enumerate(names)}
+
+    def encode(self: Generator, prompts: list[str]) -> dict[str, Tensor]:
+        return {key: torch.cat([conds[prompt][key] for prompt in prompts]) for key in conds[names[0]]}
+
+    monkeypatch.setattr(type(generator), "encode", encode)
+
+
+@pytest.mark.parametrize(("n_max", "n_avg", "first"), [(2, 1, 1), (None, 3, 0), (9, 1, 0)])
+def test_flowedit_is_its_formula(monkeypatch: pytest.MonkeyPatch, n_max: int | None, n_avg: int, first: int) -> None:
     generator = bare_generator("flux", 3, guidance_scale=1.0)
-    conds = {name: conditioning(generator, i) for i, name in enumerate(("src", "tar"))}
-    monkeypatch.setattr(type(generator), "encode", lambda self, prompts: conds[prompts[0]])
+    told_by_name(monkeypatch, generator, ("src", "tar"))
+    src, tar = generator.encode(["src"]), generator.encode(["tar"])
     x = torch.randn(1, *generator.latent_shape, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        found = flow_edit(generator, x, ["src"], ["tar"], [5], FlowEditSettings(n_max=2))
+        found = flow_edit(generator, x, ["src"], ["tar"], [5], FlowEditSettings(n_max=n_max, n_avg=n_avg))
         stream, sigma, z = torch.Generator().manual_seed(5), generator.sampler.sigmas, x.clone()
-        for i in (1, 2):
-            n = torch.randn(generator.latent_shape, generator=stream)[None]
-            source = (1 - sigma[i]) * x + sigma[i] * n
-            moved = z + source - x
-            z = z + (sigma[i + 1] - sigma[i]) * (
-                generator.predict(moved, i, conds["tar"]) - generator.predict(source, i, conds["src"])
-            )
+        for i in range(first, 3):
+            changes = []
+            for _ in range(n_avg):
+                n = torch.randn(generator.latent_shape, generator=stream)[None]
+                source = (1 - sigma[i]) * x + sigma[i] * n
+                moved = z + source - x
+                changes.append(generator.predict(moved, i, tar) - generator.predict(source, i, src))
+            z = z + (sigma[i + 1] - sigma[i]) * torch.stack(changes).mean(0)
     torch.testing.assert_close(found, z)
     assert (found - x).abs().max() > 1e-3
+
+
+def test_targets_of_a_mixed_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    generator = bare_generator("flux", 2, guidance_scale=1.0)
+    told_by_name(monkeypatch, generator, ("gun", "toy", "cat", "knife", "spoon"))
+    prompts, anchors, erase, seeds = ["gun", "cat", "knife"], ["toy", "cat", "spoon"], [True, False, True], [1, 2, 3]
+
+    @torch.no_grad()
+    def made_of(text: str, seed: int) -> Tensor:
+        return generator.rollout(generator.noise([seed]), generator.encode([text]))
+
+    anchored = ErasureTargets(generator, "anchor").latents(prompts, anchors, erase, seeds)
+    wanted = [made_of("toy", 1), made_of("cat", 2), made_of("spoon", 3)]
+    torch.testing.assert_close(anchored, torch.cat(wanted), atol=1e-5, rtol=1e-5)
+    # Two settings in one folder do not take each other's latents.
+    for settings in (FlowEditSettings(), FlowEditSettings(n_max=1)):
+        targets = ErasureTargets(generator, "flowedit", str(tmp_path), settings)
+        edited = targets.latents(prompts, anchors, erase, seeds)
+        wanted = [
+            flow_edit(generator, made_of("gun", 1), ["gun"], ["toy"], [1], settings),
+            made_of("cat", 2),
+            flow_edit(generator, made_of("knife", 3), ["knife"], ["spoon"], [3], settings),
+        ]
+        torch.testing.assert_close(edited, torch.cat(wanted), atol=1e-5, rtol=1e-5)
+    # Three dense latents, which both settings share, and two edits of each.
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3 + 2 * 2
+
+
+def test_flowedit_needs_a_flow_model() -> None:
     unet = bare_generator("unet_sdxl", 2, guidance_scale=1.0)
     with pytest.raises(SafelightError, match="flow model"):
         flow_edit(unet, unet.noise([1]), ["src"], ["tar"], [5])

@@ -192,17 +192,17 @@ def test_per_step_loss_compares_predictions_on_the_dense_path(kind: Any) -> None
 
 
 def test_sparsity_target_by_hand() -> None:
-    target = SparsityTarget(0.8, strength=2.0, anneal=0.5, rate=0.1)
+    target = SparsityTarget(0.8, strength=3.0, anneal=0.5, rate=0.1)  # not 2, which a lost half would hide
     assert [target.target(p) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.9, 0.8, 0.8])
-    assert target.penalty(torch.tensor(0.95), 0.25).item() == pytest.approx(0.5 * 2 * 0.05**2)
+    assert target.penalty(torch.tensor(0.95), 0.25).item() == pytest.approx(0.5 * 3 * 0.05**2)
     target.update(torch.tensor(0.95), 0.25)
-    assert target.multiplier.item() == pytest.approx(0.1 * 2 * 0.05)
+    assert target.multiplier.item() == pytest.approx(0.1 * 3 * 0.05)
     target.update(torch.tensor(0.7), 1.0)
-    assert target.multiplier.item() == pytest.approx(0.1 * 2 * (0.05 - 0.1))
+    assert target.multiplier.item() == pytest.approx(0.1 * 3 * (0.05 - 0.1))
     kept = torch.tensor(0.9, requires_grad=True)
     target.penalty(kept, 1.0).backward()
     assert kept.grad is not None
-    assert kept.grad.item() == pytest.approx(-0.01 + 2 * 0.1)
+    assert kept.grad.item() == pytest.approx(0.1 * 3 * (0.05 - 0.1) + 3 * 0.1)
     assert SparsityTarget(0.7, anneal=0.0).target(0.0) == pytest.approx(0.7)
     assert SparsityTarget(0.7, anneal=1.0, start=0.9).target(0.5) == pytest.approx(0.8)
     assert set(target.state_dict()) == {"multiplier"}

@@ -12,6 +12,7 @@ from ecodiff_toys import counted, loader, toy_ecodiff, toy_generator, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from zoo_toys import Losses
 
 from safelight.datamodules.loading import ResumableLoader
 from safelight.datamodules.prompts import PromptDataset
@@ -74,6 +75,35 @@ def test_gates_are_drawn_once_per_optimisation_step(grad_mode: str, monkeypatch:
         assert len(seen) == 2 * calls
         assert all(torch.equal(gates, seen[0]) for gates in seen)
     assert not torch.equal(recorder.gates[0][1], recorder.gates[-1][1])
+
+
+def test_losses_are_reconstruction_regulariser_and_augmented_lagrangian() -> None:
+    module, losses = toy_ecodiff(
+        keep=0.6, init=1.0, beta=0.3, regulariser="l1", price="units", target_strength=3.0, target_anneal=0.5,
+        correction="none", head_lr=1e-9, neuron_lr=1e-9, seed=3,
+    ), Losses()  # fmt: skip
+    trainer(max_steps=4, callbacks=[losses]).fit(module, loader(16))
+    kept = torch.sigmoid(torch.tensor(1.0)).item()  # P(gate > 1/2) of a logit of 1
+    wanted = [kept + (0.6 - kept) * share for share in (0.0, 0.5, 1.0, 1.0)]  # before each step
+    later = [*wanted[1:], 0.6]  # and after it
+    other, multiplier = toy_generator(), 0.0
+    bank = MaskBank(module.specs, init=1.0, delta=0.1)
+    for step, batch in enumerate(loader(16)):
+        noise, cond = other.noise(batch["seed"].tolist()), other.encode(batch["prompt"])
+        with torch.no_grad():
+            dense = other.rollout(noise, cond)
+            with bank.attached(other.denoiser):
+                bank.sample(step_seed(3, step))
+                error = (other.rollout(noise, cond) - dense).square().mean().item()
+        excess = kept - wanted[step]
+        # One mean of |logit| = 1 for the heads, one for the neurons.
+        expected = error + 0.3 * (1 + 1) + multiplier * excess + 3.0 / 2 * excess**2
+        assert losses.values[step] == pytest.approx(expected, rel=1e-5)
+        at, reconstruction, share = module.history[step]
+        assert (at, float(reconstruction), float(share)) == pytest.approx((step, error, kept), rel=1e-5)
+        multiplier += 0.02 * 3.0 * (kept - later[step])
+        assert error > 1e-3
+    assert module.target.multiplier.item() == pytest.approx(multiplier, rel=1e-4)
 
 
 def test_each_unit_has_its_own_draw() -> None:

@@ -14,13 +14,14 @@ from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
+from zoo_toys import Losses
 
 from safelight.errors import SafelightError
 from safelight.generators import Generator, generator_for
 from safelight.lightning_modules import Heal
 from safelight.lightning_modules.heal.lora import lora_targets
 from safelight.lightning_modules.heal.objective import denoising_loss, step_loss
-from safelight.lightning_modules.randomness import row_generator
+from safelight.lightning_modules.randomness import row_generator, step_generator, step_seed
 from safelight.masking import find_units, remove
 from safelight.testing.contracts import MethodContract
 from safelight.testing.denoisers import build_denoiser
@@ -159,6 +160,38 @@ def test_noise_of_a_sample_depends_on_step_and_sample_only() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, torch.rand(3, generator=row_generator(8, 5)))
     assert not torch.equal(first, torch.rand(3, generator=row_generator(7, 6)))
+
+
+@pytest.mark.parametrize("objective", ["step", "final", "denoise"])
+def test_losses_of_two_steps_are_the_objectives(objective: Any) -> None:
+    module, losses = Heal(backbone=tiny(), keep=0.6, objective=objective, rank=2, lr=1e-9, seed=4), Losses()
+    runner = trainer(2)
+    runner.callbacks.append(losses)
+    runner.fit(module, loader(0))
+    teacher, student = module.teacher, module.student
+    cond, noise = teacher.encode(PROMPTS), teacher.noise([0, 1, 2, 3])
+    with torch.no_grad():
+        path = teacher.rollout(noise, cond, trajectory=True)
+        for step, found in enumerate(losses.values):
+            if objective == "step":
+                i = int(torch.randint(len(path) - 1, (), generator=step_generator(4, step)))
+                error, size = (
+                    (latent - path[i + 1]).square().flatten(1).mean(1)
+                    for latent in (student.step(path[i], i, cond), path[i])
+                )
+                wanted = (error / size).mean()
+            elif objective == "final":
+                wanted = (student.rollout(noise, cond) - path[-1]).square().mean()
+            else:
+                rows = [row_generator(step_seed(4, step), seed) for seed in range(4)]
+                fresh = torch.stack([torch.randn(noise.shape[1:], generator=row) for row in rows])
+                level = torch.cat([torch.rand(1, generator=row) for row in rows])
+                part = level.view(-1, 1, 1)
+                told = {key: value for key, value in cond.items() if not key.startswith("negative_")}
+                velocity = student.denoise((1 - part) * path[-1] + part * fresh, 1000 * level, told)
+                wanted = (velocity - (fresh - path[-1])).square().mean()
+            assert found == pytest.approx(wanted.item(), rel=1e-4)
+            assert found > 1e-4
 
 
 @pytest.mark.parametrize("objective", ["step", "final", "denoise"])

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from safelight.generators.noising import denoising_loss, diffuse, flow_interpolate, logit_normal
+from safelight.generators.noising import denoising_loss, diffuse, diffusion_target, flow_interpolate, logit_normal
 from safelight.lightning_modules.autoencoder.module import gradient_difference
 from safelight.lightning_modules.clip.losses import contrastive_loss
 from safelight.lightning_modules.clip.module import roughen
@@ -34,7 +35,7 @@ def test_flow_runs_straight_from_data_to_noise() -> None:
 
 
 def test_diffusion_keeps_the_variance() -> None:
-    clean, noise = normal(2, 3), normal(2, 3, seed=1)
+    clean, noise = normal(2, 3, 4), normal(2, 3, 4, seed=1)
     alpha = torch.tensor([0.36, 1.0], dtype=torch.float64)
     noisy = diffuse(clean, noise, alpha)
     assert torch.allclose(noisy[0], 0.6 * clean[0] + 0.8 * noise[0])
@@ -49,7 +50,18 @@ def test_noise_levels_have_a_normal_logit() -> None:
     logit = torch.log(levels / (1 - levels))
     assert logit.mean().item() == pytest.approx(0.5, abs=0.03)
     assert logit.std().item() == pytest.approx(1.2, abs=0.03)
-    assert torch.equal(levels, logit_normal(20_000, 0.5, 1.2, torch.Generator().manual_seed(0)).double())
+    draws = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.allclose(logit, 0.5 + 1.2 * draws, atol=1e-3)
+
+
+def test_what_is_to_be_predicted() -> None:
+    clean, noise = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    alpha = torch.tensor([0.36, 0.64], dtype=torch.float64)
+    assert torch.equal(diffusion_target("epsilon", clean, noise, alpha), noise)
+    assert torch.equal(diffusion_target("sample", clean, noise, alpha), clean)
+    velocity = diffusion_target("v_prediction", clean, noise, alpha)
+    assert torch.allclose(velocity[0], 0.6 * noise[0] - 0.8 * clean[0])
+    assert torch.allclose(velocity[1], 0.8 * noise[1] - 0.6 * clean[1])
 
 
 def test_denoising_loss_is_the_mean_square_in_single_precision() -> None:
@@ -88,6 +100,7 @@ def test_warmup_and_cosine() -> None:
     assert factors[12] == pytest.approx(0.0)
     assert warmup_cosine(99, 4, 12) == pytest.approx(0.0)
     assert warmup_cosine(0, 0, 10) == pytest.approx(1.0)
+    assert warmup_cosine(4, 4, 4) == pytest.approx(1.0)  # nothing left to decay over
 
 
 def test_seeds_are_a_function_of_seed_step_and_rank() -> None:
@@ -112,3 +125,19 @@ def test_roughening_shifts_softens_and_adds_noise() -> None:
     assert torch.allclose(rough(0, 0.0)[inner], images[inner], atol=1e-3)
     assert 0.005 < (rough(0, 0.5) - rough(0, 0.0)).std() < 0.5
     assert not torch.allclose(rough(4, 0.0)[inner], images[inner], atol=1e-2)
+
+
+def test_roughening_by_hand() -> None:
+    images, seeds = normal(2, 3, 8, 8).float(), (1, 2)
+    rows = [torch.Generator().manual_seed(seed) for seed in seeds]
+    found = roughen(images, torch.Generator().manual_seed(5), rows, 2, 0.3)
+    down, right = torch.randint(-2, 3, (2,), generator=torch.Generator().manual_seed(5)).tolist()
+    assert 0 not in (down, right, down - right, down + right)
+    places = torch.arange(8)
+    moved = images[:, :, (places + down).clamp(0, 7)][..., (places + right).clamp(0, 7)]  # the border repeats
+    soft = F.interpolate(F.avg_pool2d(moved, 2), size=(8, 8), mode="bilinear")
+    for row, seed in enumerate(seeds):
+        source = torch.Generator().manual_seed(seed)
+        blur, grain = 0.8 * torch.rand(1, generator=source), 0.3 * torch.rand(1, generator=source)
+        wanted = (1 - blur) * moved[row] + blur * soft[row] + grain * torch.randn(3, 8, 8, generator=source)
+        torch.testing.assert_close(found[row], wanted)

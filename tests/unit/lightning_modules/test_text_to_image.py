@@ -90,8 +90,8 @@ def test_first_loss_is_the_formula(family: str) -> None:
 
 
 @pytest.mark.parametrize("weighting", ["velocity", "uniform"])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_weightings_mean_the_same_for_both_kinds_of_unet(kind: str, weighting: Any) -> None:
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_weightings_mean_the_same_for_all_kinds_of_unet(kind: str, weighting: Any) -> None:
     """SD 2 predicts velocities: its loss is the velocity's error or, uniformly weighted, the noise's."""
     module = TextToImage(backbone=generator("unet_sd"), weighting=weighting)
     clean, noise = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
@@ -100,7 +100,9 @@ def test_weightings_mean_the_same_for_both_kinds_of_unet(kind: str, weighting: A
     noisy, velocity = a * clean + b * noise, a * noise - b * clean
     guess = torch.randn(2, 3, 4, 4).double()  # of the noise, and the velocity that it implies
     implied = (guess - b * noisy) / a
-    right, prediction = (noise, guess) if kind == "epsilon" else (velocity, implied)
+    right, prediction = {
+        "epsilon": (noise, guess), "v_prediction": (velocity, implied), "sample": (clean, (noisy - b * guess) / a)
+    }[kind]  # fmt: skip
     target = diffusion_target(kind, clean, noise, signal)
     assert torch.allclose(target, right)
     loss = denoising_loss(prediction, target, module._weight(kind, signal))

@@ -56,6 +56,32 @@ def test_solution_equals_numpy_least_squares(with_bias):
         assert new_bias is None
 
 
+@pytest.mark.parametrize("own_outputs", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_ridge_solution_equals_numpy_on_stacked_rows(with_bias, own_outputs):
+    """``ridge * ||W' - W_S||^2`` is as many more rows to fit; the bias has none, so nothing pulls it."""
+    rng = np.random.default_rng(1)
+    x, weight, bias = rng.normal(size=(60, 7)) + 0.5, rng.normal(size=(4, 7)), rng.normal(size=4)
+    kept, ridge, ones = np.array([0, 2, 3, 6]), 0.3, np.ones((60, 1))
+    inputs = np.hstack([x, ones]) if with_bias else x
+    target = x @ weight.T + (bias if with_bias else 0) if own_outputs else rng.normal(size=(60, 4))
+    pull = ridge * (x[:, kept] ** 2).sum(0).mean()
+    design = np.hstack([x[:, kept], ones]) if with_bias else x[:, kept]
+    stacked = np.vstack([design, pull**0.5 * np.eye(4, design.shape[1])])
+    reference, *_ = np.linalg.lstsq(stacked, np.vstack([target, pull**0.5 * weight[:, kept].T]), rcond=None)
+    new, new_bias = solve(
+        torch.tensor(weight),
+        torch.tensor(bias) if with_bias else None,
+        torch.tensor(inputs.T @ inputs),
+        torch.tensor(kept),
+        ridge,
+        None if own_outputs else torch.tensor(target.T @ inputs),
+    )
+    np.testing.assert_allclose(new.numpy()[:, kept], reference[:4].T, atol=1e-10)
+    if with_bias:
+        np.testing.assert_allclose(new_bias.numpy(), reference[4], atol=1e-10)
+
+
 def test_ridge_pulls_towards_the_old_weights_and_nothing_kept_gives_the_mean():
     x = torch.randn(200, 6, dtype=torch.float64) + 2
     inputs = torch.cat([x, torch.ones(200, 1, dtype=torch.float64)], 1)

@@ -128,7 +128,7 @@ def test_sample_mean_counts_a_repeated_sample_once() -> None:
 
 def test_shuffled_accuracy_asks_for_what_is_half_a_set_away() -> None:
     metric = ShuffledAccuracy()
-    # In the order of the indices: seen 0 1 1 0, asked 0 1 0 1, asked half a set away 0 1 0 1.
-    metric.update(torch.tensor([0, 1]), torch.tensor([1, 1]), torch.tensor([9, 4]))
-    metric.update(torch.tensor([1, 0, 0]), torch.tensor([0, 0, 0]), torch.tensor([7, 1, 1]))
-    assert metric.compute().item() == pytest.approx(0.5)
+    # In the order of the indices: seen 0 1 2 3, asked 2 0 0 1 (never what was seen), asked half a set away 0 1 2 0.
+    metric.update(torch.tensor([3, 1]), torch.tensor([1, 0]), torch.tensor([9, 4]))
+    metric.update(torch.tensor([2, 0, 0]), torch.tensor([0, 2, 2]), torch.tensor([7, 1, 1]))
+    assert metric.compute().item() == pytest.approx(0.75)

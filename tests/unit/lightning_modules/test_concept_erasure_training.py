@@ -1,0 +1,85 @@
+"""The loss of a training step, put together again from gates, noises, targets and weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from ecodiff_toys import trainer
+from torch import Tensor
+from zoo_toys import Losses, load
+
+from safelight.generators import Generator, generator_for
+from safelight.lightning_modules import ConceptErasure
+from safelight.lightning_modules.concept_erasure.minimality import units_off
+from safelight.lightning_modules.randomness import step_seed
+from safelight.masking import MaskBank
+from safelight.testing.pipelines import build_pipeline
+
+PROMPTS, ANCHORS = ["a gun", "a cat", "two guns", "a dog"], ["a toy", "a cat", "two toys", "a dog"]
+ERASE, SEEDS = [True, False, True, False], [5, 6, 7, 8]
+
+
+def toy_generator() -> Generator:
+    pipeline = build_pipeline("flux")
+    return generator_for(pipeline.transformer)(pipeline, num_inference_steps=2, height=16, width=16)
+
+
+@pytest.mark.parametrize(("target", "off_weight"), [("anchor", 0.07), ("file", 0.0)])
+def test_losses_of_two_steps_are_the_formula(target: Any, off_weight: float) -> None:
+    other = toy_generator()
+    given = torch.randn(4, *other.latent_shape, generator=torch.Generator().manual_seed(3))
+    items = [
+        {"prompt": prompt, "anchor": anchor, "erase": erase, "seed": seed, "target": latent}
+        for prompt, anchor, erase, seed, latent in zip(PROMPTS, ANCHORS, ERASE, SEEDS, given, strict=True)
+    ]
+    module = ConceptErasure(
+        backbone=toy_generator(), target=target, noise="fresh", init=1.0, beta=0.3, sparsity_weight=0.2,
+        off_weight=off_weight, lr=1e-9, seed=4,
+    )  # fmt: skip
+    for logits in module.bank.logits.values():
+        logits.data[0] = -0.5
+    scores, losses = {name: score.clone() for name, score in module.bank.scores().items()}, Losses()
+    trainer(max_steps=2, callbacks=[losses]).fit(module, load(items * 2))
+
+    bank = MaskBank(module.specs, delta=0.5)
+    for name, logits in bank.named_logits().items():
+        logits.data.copy_(scores[name])
+    flat = torch.cat(list(scores.values()))
+    # Every unit counts alike; the probability of a gate above 0 is that of the plain hard concrete.
+    kept = torch.sigmoid(flat + 0.83 * math.log(11)).mean().item()
+    for step in range(2):
+        noise = other.noise([seed * 1_000_003 + step for seed in SEEDS])
+
+        def made_of(texts: list[str], noise: Tensor = noise, **how: Any) -> Tensor:
+            return other.rollout(noise, other.encode(texts), **how)
+
+        with torch.no_grad():
+            goal = made_of(ANCHORS)  # a retained row is its own anchor
+            if target == "file":
+                goal[[0, 2]] = given[[0, 2]]
+            with bank.attached(other.denoiser):
+                bank.sample_steps(step_seed(4, step), 2)
+                drawn = made_of(PROMPTS, before_step=bank.use_step)
+        squares = (drawn - goal).square().flatten(1).mean(1).tolist()
+        erased, retained = (squares[0] + squares[2]) / 2, (squares[1] + squares[3]) / 2
+        wanted = (erased + 0.3 * retained) / 2 + 0.2 * kept + off_weight * (1 - kept)
+        assert losses.values[step] == pytest.approx(wanted, rel=1e-4)
+        recorded, *values = module.history[step]
+        assert recorded == step
+        assert [float(value) for value in values] == pytest.approx(
+            [erased, retained, len(scores) / len(flat)], rel=1e-4
+        )
+
+
+def test_masks_are_the_threshold_or_an_exact_number_of_units() -> None:
+    module = ConceptErasure(backbone=toy_generator(), init=1.0)
+    for position, logits in enumerate(module.bank.logits.values()):
+        logits.data[:2] = torch.tensor([-0.5, -0.1 * position - 1.0])
+    layers = len(module.bank.logits)
+    assert units_off(module.plain_masks()) == 2 * layers
+    module.hparams.max_units_off = 1
+    off = {name: (~mask).nonzero().flatten().tolist() for name, mask in module.plain_masks().items() if not mask.all()}
+    assert off == {list(module.bank.scores())[-1]: [1]}  # the lowest logit of all

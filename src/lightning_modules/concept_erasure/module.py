@@ -78,6 +78,8 @@ class ConceptErasure(SafelightModule):
         kept_effect: share of what the mask does to erased latents that must stay when units are given back. A detector
             alone would be satisfied long before a person is.
         max_units_off: switch off exactly the so many units with the lowest logits instead; null for the threshold.
+        give_back_beta: weight of what is to stay against what is to go when units are ranked for giving back; the
+            larger, the more units stay off and the less other pictures change.
         tolerated_rate: share of calibration prompts that may still show the concept when units are given back.
         grad_mode: what the backward pass recomputes: ``step`` keeps T latents, ``step+block`` less, ``none`` recomputes
             nothing.
@@ -121,6 +123,7 @@ class ConceptErasure(SafelightModule):
         minimality: Literal["give_back", "none"] = "give_back",
         max_units_off: Annotated[int, Ge(1)] | None = None,
         kept_effect: Annotated[float, Interval(ge=0, le=1)] = 0.85,
+        give_back_beta: Annotated[float, Ge(0)] = 10.0,
         tolerated_rate: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
         grad_mode: Literal["none", "step", "step+block"] = "step",
         weight_decay: Annotated[float, Ge(0)] = 0.01,
@@ -298,7 +301,8 @@ class ConceptErasure(SafelightModule):
         if not self.calibration_rows:
             raise SafelightError("calibration: no samples; train first, or set minimality=none")
         inspector = self.inspector(self.labels()) if self.vae is not None else None
-        return Calibration(self.generator, self.bank, self.targets, self.calibration_rows, self.hparams.beta, inspector)
+        beta = self.hparams.give_back_beta
+        return Calibration(self.generator, self.bank, self.targets, self.calibration_rows, beta, inspector)
 
     def concept(self) -> str:
         """What is erased, in words."""

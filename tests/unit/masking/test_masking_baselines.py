@@ -54,6 +54,36 @@ def test_activation_score_is_the_energy_lost_at_the_layers_output():
     assert set(scores) == {s.name for s in specs}
 
 
+def test_activation_score_of_every_kind_over_several_calls():
+    """Heads of both streams, neurons that share their Linear with heads, and modulation outputs, feature by feature."""
+    denoiser = build_denoiser("flux")
+    batches, specs = [example_inputs(denoiser, batch=size, seed=size) for size in (1, 3)], find_units(denoiser, KINDS)
+    seen = {(site.module, site.side): [] for spec in specs for site in spec.sites}
+    handles = []
+    for path, side in seen:
+        linear = denoiser.get_submodule(path)
+        rows = seen[path, side]
+
+        def keep(module, args, out, rows=rows, side=side):
+            rows.append((out if side == "out" else args[0]).flatten(0, -2))
+
+        handles.append(linear.register_forward_hook(keep))
+    scores = activation_scores(denoiser, specs, lambda: [run(denoiser, inputs) for inputs in batches])
+    for handle in handles:
+        handle.remove()
+    assert {spec.kind for spec in specs} == set(KINDS)
+    assert max(len(spec.sites) for spec in specs) == 2
+    for spec in specs:
+        for unit in (0, spec.n_units - 1):
+            wanted = 0.0
+            for site in spec.sites:
+                weight = denoiser.get_submodule(site.module).weight
+                for feature in range(site.start + unit * spec.group, site.start + (unit + 1) * spec.group):
+                    energy = torch.cat(seen[site.module, site.side])[:, feature].square().mean()
+                    wanted += float(energy if site.side == "out" else energy * weight[:, feature].square().sum())
+            assert scores[spec.name][unit].item() == pytest.approx(wanted, rel=1e-4)
+
+
 def test_second_order_score_predicts_the_error_of_losing_a_little_of_a_unit():
     """Against finite differences: mean squared change of the output per squared change of the gate."""
     denoiser = build_denoiser("flux")

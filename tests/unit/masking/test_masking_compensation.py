@@ -68,6 +68,26 @@ def test_each_row_is_its_own_ridge_regression(bias: bool) -> None:
         torch.testing.assert_close(fill[row], wanted, atol=1e-9, rtol=0)
 
 
+def test_a_half_shut_gate_hands_over_half() -> None:
+    """``W diag(g) + W diag(1 - g) B``, and no gradient where the gate is exactly 1."""
+    denoiser, masks, calibration, _ = pruning_problem("dit")
+    specs = find_units(denoiser)
+    compensation = Compensation(denoiser, specs, lambda: outputs(denoiser, calibration))
+    compensation.refresh(masks)
+    for path, linear in compensation.linears.items():
+        gate = torch.rand(linear.in_features, generator=torch.Generator().manual_seed(0))
+        gate[::3] = 1.0
+        gate.requires_grad_()
+        weight, bias = compensation.corrected(path, gate)
+        fill = compensation.exchange[path] + torch.eye(*compensation.exchange[path].shape)
+        handed = linear.weight * (1 - gate.detach()) @ fill
+        torch.testing.assert_close(weight, linear.weight * gate.detach() + handed[:, :-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(bias, linear.bias + handed[:, -1], atol=1e-5, rtol=1e-5)
+        (gradient,) = torch.autograd.grad(weight.square().sum(), gate)
+        assert not gradient[::3].any()
+        assert gradient[1::3].all()
+
+
 def test_a_feature_that_others_replace_has_no_gradient() -> None:
     """Two equal neurons: with plain gates both matter, with the correction in sight neither does alone."""
     denoiser, masks, calibration, held_out = pruning_problem("dit")
@@ -114,6 +134,12 @@ def test_what_cannot_be_done_is_said() -> None:
 
     with pytest.raises(SafelightError, match="correction=after"):
         Compensation(denoiser, specs, run, memory_bytes=1000)
+    # A Gram and a fill matrix of 8-byte numbers for each layer, a column of ones included.
+    paths = {site.module for spec in specs for site in spec.sites}
+    needed = sum(2 * 8 * (denoiser.get_submodule(path).in_features + 1) ** 2 for path in paths)
+    Compensation(denoiser, specs, run, memory_bytes=needed)
+    with pytest.raises(SafelightError, match="correction=after"):
+        Compensation(denoiser, specs, run, memory_bytes=needed - 1)
     with pytest.raises(SafelightError, match="never reached"):
         Compensation(denoiser, specs, lambda: None)
     compensation = Compensation(denoiser, specs, run)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from safelight.errors import SafelightError
-from safelight.masking.correction import least_squares_correction, solve
+from safelight.masking.correction import input_grams, least_squares_correction, solve
 from safelight.masking.hardening import harden
 from safelight.masking.removal import fold, remove
 from safelight.masking.units import KINDS, find_units
@@ -147,12 +147,27 @@ def test_before_and_after_removal_are_the_same_model(sequential):
     torch.testing.assert_close(outputs(removed_first, held_out), folded, atol=1e-5, rtol=0)
 
 
-def test_memory_limit_only_changes_the_number_of_passes():
+def test_gram_matrix_is_summed_over_all_calls():
+    denoiser = build_denoiser("dit")
+    path, seen = "transformer_blocks.0.ff.net.2", []
+    handle = denoiser.get_submodule(path).register_forward_pre_hook(lambda m, a: seen.append(a[0].flatten(0, 1)))
+    batches = [example_inputs(denoiser, batch=2, seed=s) for s in range(3)]
+    gram = input_grams(denoiser, [path], lambda: outputs(denoiser, batches))[path]
+    handle.remove()
+    x = torch.cat([torch.cat(seen), torch.ones(sum(map(len, seen)), 1)], dim=1).double()
+    torch.testing.assert_close(gram, x.T @ x, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("spare", "expected"), [(0, 2), (-1, 4)])
+def test_memory_limit_only_changes_the_number_of_passes(spare, expected):
+    """Two blocks with one attention and one feed-forward each: a pair at a time, or each layer alone."""
     denoiser, masks, calibration, _ = pruning_problem("dit")
+    block = denoiser.transformer_blocks[0]
+    pair = sum(8 * (linear.in_features + 1) ** 2 for linear in (block.attn1.to_out[0], block.ff.net[2]))
     one, many, passes = copy.deepcopy(denoiser), copy.deepcopy(denoiser), []
     least_squares_correction(one, masks, lambda: outputs(one, calibration))
-    least_squares_correction(many, masks, lambda: passes.append(outputs(many, calibration)), memory_bytes=1)
-    assert len(passes) == 4  # two blocks with one attention and one feed-forward each
+    least_squares_correction(many, masks, lambda: passes.append(outputs(many, calibration)), memory_bytes=pair + spare)
+    assert len(passes) == expected
     for a, b in zip(one.parameters(), many.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -160,7 +175,7 @@ def test_memory_limit_only_changes_the_number_of_passes():
 def test_whole_layers_and_frozen_flags_are_untouched():
     denoiser = build_denoiser("dit")
     before = copy.deepcopy(denoiser)
-    masks = {"transformer_blocks.1.ff": torch.arange(192) < 150}
+    masks = {"transformer_blocks.0.ff": torch.ones(192), "transformer_blocks.1.ff": torch.arange(192) < 150}
     least_squares_correction(denoiser, masks, lambda: outputs(denoiser, [example_inputs(denoiser)]))
     changed = {n for (n, p), q in zip(denoiser.named_parameters(), before.parameters(), strict=True) if not p.equal(q)}
     assert changed == {"transformer_blocks.1.ff.net.2.weight", "transformer_blocks.1.ff.net.2.bias"}
@@ -184,6 +199,7 @@ def test_mistakes_are_named():
     denoiser, masks, *_ = pruning_problem("dit")
     with pytest.raises(SafelightError, match="ridge=-1"):
         least_squares_correction(denoiser, masks, lambda: None, ridge=-1)
-    with pytest.raises(SafelightError, match="run never reached"):
-        least_squares_correction(denoiser, masks, lambda: None)
+    for sequential in (False, True):
+        with pytest.raises(SafelightError, match="run never reached"):
+            least_squares_correction(denoiser, masks, lambda: None, sequential=sequential)
     assert isinstance(denoiser, nn.Module)

@@ -52,6 +52,8 @@ def test_local_scope_keeps_the_same_share_of_each_layer():
     priced = harden(values, SPECS, keep=0.6, scope="local", price="params")
     assert [int(priced[name].sum()) for name in "ab"] == [2, 2]
     assert int(priced["f"].sum()) == 10  # heads cannot be split, the neurons fill the rest
+    portions = harden(values, SPECS, keep=0.5, scope="local", round_to=4)
+    assert int(portions["f"].sum()) == 4  # never more than the share
 
 
 def test_threshold():

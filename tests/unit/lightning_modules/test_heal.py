@@ -153,6 +153,25 @@ def test_step_loss_is_zero_for_the_dense_model_and_one_for_standing_still() -> N
     assert float(step_loss(generator, cond, latents[1], latents[2], 1)) == 0.0
     generator.step = lambda z, i, cond: z  # type: ignore[method-assign]
     assert float(step_loss(generator, cond, latents[1], latents[2], 1)) == 1.0
+    # Where the dense model stands still as well there is nothing to divide by.
+    assert float(step_loss(generator, cond, latents[1], latents[1], 1)) == 0.0
+
+
+def test_the_model_is_told_positive_rows_in_its_own_type() -> None:
+    generator, seen = tiny(), {}
+    generator.denoiser.to(torch.bfloat16)
+
+    def denoise(z: Tensor, timestep: Tensor, cond: Any) -> Tensor:
+        seen.update(cond, z=z)
+        return torch.zeros_like(z)
+
+    generator.denoise = denoise  # type: ignore[method-assign]
+    cond = {"text": torch.ones(2, 3), "mask": torch.ones(2, dtype=torch.long), "negative_text": torch.zeros(2, 3)}
+    clean = torch.ones(2, *generator.latent_shape)
+    loss = denoising_loss(generator, cond, clean, clean * 3, torch.tensor([0.25, 0.5]))
+    types = {"text": torch.bfloat16, "mask": torch.long, "z": torch.bfloat16}
+    assert {name: value.dtype for name, value in seen.items()} == types
+    assert (loss.dtype, loss.item()) == (torch.float32, 4.0)
 
 
 def test_noise_of_a_sample_depends_on_step_and_sample_only() -> None:

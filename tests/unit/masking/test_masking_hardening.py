@@ -82,6 +82,36 @@ def test_budget_takes_the_best_first_across_kinds():
     assert removed_params(masks, SPECS) == 600 == prunable_params(SPECS) - 230
 
 
+def test_smaller_units_fill_the_rest_to_the_last_parameter():
+    values = {"a": torch.tensor([9.0, 8, 0, 0]), "b": torch.zeros(4), "f": torch.full((10,), 5.0)}
+    masks = harden(values, SPECS, keep=106 / 830, price="params")
+    # The second head of 100 does not fit beside the first, two neurons of 3 do.
+    assert [int(masks[name].sum()) for name in "abf"] == [1, 0, 2]
+
+
+def test_a_fraction_that_binary_numbers_miss_is_not_rounded_down():
+    assert int(0.29 * 100) == 28
+    masks = harden({"f": torch.arange(100.0)}, [layer("f", "neuron", 100, 1)], keep=0.29)
+    assert int(masks["f"].sum()) == 29
+
+
+def test_the_last_portion_of_a_layer_is_smaller_and_ranked_by_its_mean():
+    specs = [layer("f", "neuron", 12, 1), layer("g", "neuron", 8, 1)]
+    values = {"f": torch.tensor([10.0] * 8 + [5.0] * 4), "g": torch.full((8,), 4.0)}
+    whole = harden(values, specs, keep=1.0, round_to=8)
+    assert [int(whole[name].sum()) for name in "fg"] == [12, 8]
+    # Of 16 units the four of mean 5 come before the eight of mean 4, which then no longer fit.
+    masks = harden(values, specs, keep=0.8, round_to=8)
+    assert [int(masks[name].sum()) for name in "fg"] == [12, 0]
+
+
+def test_threshold_leaves_every_layer_its_minimum():
+    values = {"a": torch.tensor([-4.0, -1, -3, -2]), "b": torch.tensor([1.0, -1, 2, -2]), "f": torch.ones(10)}
+    masks = harden(values, SPECS, threshold=0.0, min_per_layer=1)
+    assert masks["a"].tolist() == [False, True, False, False]
+    assert [int(masks[name].sum()) for name in "bf"] == [2, 10]
+
+
 def test_mapping_with_a_price_gives_each_kind_its_own_budget():
     masks = harden(scores(), SPECS, keep={"head": 0.25, "neuron": 1.0}, price="params")
     assert int(masks["a"].sum() + masks["b"].sum()) == 2

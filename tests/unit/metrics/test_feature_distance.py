@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -74,6 +75,19 @@ def test_cmmd_of_two_points_by_hand_and_zero_for_itself() -> None:
     assert cmmd_distance(a, a).item() == 0
 
 
+def test_cmmd_of_two_sets_is_the_sum_over_all_pairs() -> None:
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(count, 4, generator=generator).double() * 3 for count in (3, 2))
+
+    def mean_kernel(first: Tensor, second: Tensor) -> float:
+        gaps = [float((x / x.norm() - y / y.norm()).square().sum()) for x in first for y in second]
+        return sum(math.exp(-gap / (2 * 10**2)) for gap in gaps) / len(gaps)
+
+    wanted = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
+    assert cmmd_distance(a, b).item() == pytest.approx(wanted, rel=1e-6)
+    assert wanted > 1
+
+
 class _Mean(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         return pictures.mean((2, 3))
@@ -89,7 +103,8 @@ def test_feature_distance_uses_the_extractor_and_drops_repeats() -> None:
     assert metric.compute().item() == pytest.approx(expected, rel=1e-4)
     metric.update(fake[:5], real=False, index=torch.arange(5))
     assert metric.compute().item() == pytest.approx(expected, rel=1e-4)
-    assert metric.features(real=False).shape == (16, 3)
+    torch.testing.assert_close(metric.features(real=False), fake.mean((2, 3)))
+    torch.testing.assert_close(metric.features(real=True), real.mean((2, 3)))
 
 
 def test_fid_of_few_samples_warns_and_names_the_noise_level() -> None:
@@ -102,6 +117,31 @@ def test_fid_of_few_samples_warns_and_names_the_noise_level() -> None:
     # Same set, yet its halves are far apart: this is what FID calls zero at ten samples.
     assert metric.between_halves().item() > 10
     assert metric.between_halves(seed=3).item() == metric.between_halves(seed=3).item()
+
+
+@pytest.mark.parametrize(("real", "generated", "warns"), [(9, 4, 4), (3, 9, 3), (5, 6, None)])
+def test_the_smaller_side_decides_whether_fid_warns(real: int, generated: int, warns: int | None) -> None:
+    metric, source = FeatureDistance(kind="fid"), torch.Generator().manual_seed(0)
+    metric.update(torch.randn(real, 4, generator=source), real=True)
+    metric.update(torch.randn(generated, 4, generator=source), real=False)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        metric.compute()
+    told = [str(one.message) for one in seen if "biased upwards" in str(one.message)]
+    assert [message.split(" is ")[0] for message in told] == (
+        [f"FID from {warns} samples of 4 features"] if warns else []
+    )
+
+
+def test_halves_are_averaged_over_the_splits() -> None:
+    features = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    metric = FeatureDistance(kind="kid")
+    metric.update(features, real=True)
+    source, values = torch.Generator().manual_seed(3), []
+    for _ in range(4):
+        order = torch.randperm(9, generator=source)
+        values.append(kernel_distance(features[order[:4]], features[order[4:8]]).item())
+    assert metric.between_halves(splits=4, seed=3).item() == pytest.approx(sum(values) / 4, rel=1e-5)
 
 
 def test_kid_and_cmmd_do_not_warn() -> None:

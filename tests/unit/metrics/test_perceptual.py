@@ -32,6 +32,8 @@ def test_clip_maps_are_the_patches_of_every_layer() -> None:
     assert len(layers) == config.num_hidden_layers
     seen = maps.judge.model.vision_model(pixel_values=maps.judge.preprocess(pictures)).last_hidden_state[:, 1:]
     torch.testing.assert_close(layers[-1], seen)
+    # Values that no picture has are those of the nearest picture.
+    torch.testing.assert_close(maps(pictures * 3 - 1)[-1], maps((pictures * 3 - 1).clamp(0, 1))[-1])
 
 
 def test_closer_looking_pictures_are_closer() -> None:

@@ -8,6 +8,7 @@ import torch
 from safelight.errors import SafelightError
 from safelight.metrics import SSIM, ConceptAccuracy, LatentError, SampleMean, ShuffledAccuracy
 from safelight.metrics.samples import distinct
+from safelight.metrics.structure import structural_similarity
 
 
 def test_distinct_sorts_drops_repeats_and_keeps_unknown() -> None:
@@ -88,12 +89,16 @@ def test_ssim_of_an_inverted_picture_is_negative_and_repeats_do_not_count() -> N
     two = metric.compute().item()
     metric.update(picture, 1 - picture, torch.tensor([8]))
     assert metric.compute().item() == pytest.approx(two)
-    assert two < 0.1
+    inverted = structural_similarity(picture, 1 - picture).item()
+    assert inverted < 0
+    assert two == pytest.approx((1 + inverted) / 2)
 
 
 def test_ssim_refuses_pictures_smaller_than_its_window() -> None:
     with pytest.raises(SafelightError, match="smaller than the 11 px window"):
-        SSIM().update(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+        SSIM().update(torch.zeros(1, 3, 24, 8), torch.zeros(1, 3, 24, 8))
+    with pytest.raises(SafelightError, match=r"of one shape, got \(1, 3, 16, 16\) and \(2, 3, 16, 16\)"):
+        SSIM().update(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16))
 
 
 def test_concept_accuracy_by_class_and_by_score() -> None:
@@ -106,6 +111,11 @@ def test_concept_accuracy_by_class_and_by_score() -> None:
     for m in (best, second):
         m.update(scores, torch.tensor([2, 2]))
     assert (best.compute().item(), second.compute().item()) == (0.0, 0.5)
+    every = ConceptAccuracy(top_k=9)  # more than there are classes
+    every.update(scores, torch.tensor([2, 2]))
+    assert every.compute().item() == 1.0
+    with pytest.raises(SafelightError, match=r"prediction \(3,\) should be"):
+        best.update(torch.tensor([0, 1, 2]), torch.tensor([0, 1]))
     with pytest.raises(SafelightError, match="needs scores"):
         second.update(torch.tensor([1]), torch.tensor([1]))
 

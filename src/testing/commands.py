@@ -79,15 +79,18 @@ def _first_that_fails(processes: list[ForkServerProcess]) -> int:
 
     Returns:
         Rank of the one that failed; 0 when none has.
+
+    Raises:
+        TimeoutError: one hangs. It is killed too, but must not pass for one that killed itself.
     """
     deadline = time.monotonic() + TIMEOUT
     running = {process.sentinel: rank for rank, process in enumerate(processes)}
-    failed = None
+    failed, hangs = None, False
     while running and failed is None:
         ready = wait(list(running), deadline - time.monotonic())
         ended = [running.pop(sentinel) for sentinel in list(running) if sentinel in ready]
         if not ended:
-            failed = min(running.values())
+            failed, hangs = min(running.values()), True
         failed = next((rank for rank in ended if processes[rank].exitcode != 0), failed)
     for process in processes:
         assert process.pid is not None
@@ -96,6 +99,8 @@ def _first_that_fails(processes: list[ForkServerProcess]) -> int:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.join()
+    if hangs:
+        raise TimeoutError(f"a run did not end within {TIMEOUT} s")
     return failed or 0
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 from annotated_types import Ge, Gt, Interval
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from safelight.errors import SafelightError
 from safelight.generators import Generator, load_generator
 from safelight.lightning_modules.base import SafelightModule
+from safelight.lightning_modules.cleanup import EndFitOnException
 from safelight.lightning_modules.concept_erasure.batches import Batch, read_batch
 from safelight.lightning_modules.concept_erasure.calibration import Calibration, first_rows
 from safelight.lightning_modules.concept_erasure.controls import erasing_models
@@ -35,13 +35,6 @@ from safelight.lightning_modules.concept_erasure.targets import ErasureTargets, 
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import MaskBank, UnitSpec, choose_groups, saturation_logit, save_masks
 from safelight.metrics import ClipJudge, load_detector
-
-
-class _DetachOnException(Callback):
-    """Lightning tells callbacks about exceptions, but not modules."""
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        cast(ConceptErasure, pl_module).on_fit_end()
 
 
 class ConceptErasure(SafelightModule):
@@ -209,7 +202,7 @@ class ConceptErasure(SafelightModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Only the one that takes the gates out after a crash."""
-        return [_DetachOnException()]
+        return [EndFitOnException()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Erasure and retention of the masked sampler's final latents, and the two optional sparsity terms."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -18,19 +17,13 @@ from safelight.errors import SafelightError
 from safelight.generators import Generator, load_generator
 from safelight.generators.targets import DenseTargets, check_batch
 from safelight.lightning_modules.base import SafelightModule
+from safelight.lightning_modules.cleanup import EndFitOnException
 from safelight.lightning_modules.ecodiff.evaluation import HeldOutBatch, Measured, add_cost, mean_of, measure
 from safelight.lightning_modules.ecodiff.objective import SparsityTarget, final_latent_loss, per_step_loss
 from safelight.lightning_modules.ecodiff.pruning import Calibration, baseline_scores, first_pairs, prune
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import Compensation, MaskBank, find_units, harden, save_masks
 from safelight.metrics import ClipJudge
-
-
-class _DetachOnException(Callback):
-    """Lightning tells callbacks about exceptions, but not modules."""
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        cast(EcoDiff, pl_module).on_fit_end()
 
 
 class EcoDiff(SafelightModule):
@@ -166,7 +159,7 @@ class EcoDiff(SafelightModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Leave the denoiser dense also when training breaks."""
-        return [_DetachOnException()]
+        return [EndFitOnException()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Reconstruction of the dense result + sparsity."""

@@ -73,6 +73,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
         ("unet_sdxl", EulerDiscreteScheduler(**BETAS, prediction_type="sample")),
         ("unet_sd", DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)),
         ("unet_sd", DDIMScheduler(**BETAS, clip_sample=False, prediction_type="v_prediction")),
+        ("unet_sd", DDIMScheduler(**BETAS, clip_sample=False, prediction_type="sample")),
         ("dit", DDIMScheduler(clip_sample=True, clip_sample_range=1.0)),
         ("flux", FlowMatchEulerDiscreteScheduler(shift=1.0)),
         ("flux", FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.1, max_shift=2.0)),
@@ -113,15 +114,19 @@ def test_decode_equals_pipeline(family: str) -> None:
 
 
 def test_a_stochastic_or_multistep_scheduler_becomes_deterministic(caplog: pytest.LogCaptureFixture) -> None:
-    from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
     ancestral = build_pipeline("unet_sd", scheduler=EulerAncestralDiscreteScheduler(**BETAS))
     assert type(generator_for(ancestral.unet)(ancestral).scheduler) is EulerDiscreteScheduler
-    assert "EulerAncestralDiscreteScheduler" in caplog.text
+    assert "EulerAncestralDiscreteScheduler keeps history or draws noise" in caplog.text
+    assert "with a deterministic EulerDiscreteScheduler instead" in caplog.text
     multistep = build_pipeline("dit", scheduler=DPMSolverMultistepScheduler())
     converted = generator_for(multistep.transformer)(multistep).scheduler
     assert type(converted) is DDIMScheduler
     assert converted.config.clip_sample is False
+    clipping = build_pipeline("dit", scheduler=DDPMScheduler(clip_sample=True, clip_sample_range=2.0))
+    kept = generator_for(clipping.transformer)(clipping).scheduler
+    assert (type(kept), kept.config.clip_sample, kept.config.clip_sample_range) == (DDIMScheduler, True, 2.0)
     noisy = build_pipeline("sd3", scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True))
     flow = generator_for(noisy.transformer)(noisy).scheduler
     assert flow.config.stochastic_sampling is False

@@ -51,7 +51,7 @@ def generator(family: str, seed: int = 0) -> Generator:
 
 @pytest.mark.parametrize("family", ["flux", "unet_sdxl", "unet_sd"])
 def test_first_loss_is_the_formula(family: str) -> None:
-    module = TextToImage(backbone=generator(family), lr=1e-9, empty_caption=0.5, seed=4)
+    module = TextToImage(backbone=generator(family), lr=1e-9, empty_caption=0.5, seed=5)
     batch = next(iter(load(pictures())))
     losses = Losses()
     trainer(max_steps=1, callbacks=[losses]).fit(module, load(pictures()))
@@ -61,7 +61,7 @@ def test_first_loss_is_the_formula(family: str) -> None:
     with torch.no_grad():
         clean = vae.encode(batch["image"]).latent_dist.mean
     clean = (clean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    rows = [row_generator(step_seed(4, 0), row) for row in range(4)]
+    rows = [row_generator(step_seed(5, 0), row) for row in range(4)]
     clean = other._pack(clean)
     noise = torch.stack([torch.randn(clean.shape[1:], generator=row) for row in rows])
     dropped = torch.cat([torch.rand(1, generator=row) for row in rows]) < 0.5

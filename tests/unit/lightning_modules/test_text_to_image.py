@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ecodiff_toys import trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from zoo_toys import Losses, load, pictures
 
@@ -142,16 +142,36 @@ def test_a_few_steps_learn_the_pictures(family: str) -> None:
     assert any(not torch.equal(value, text[key]) for key, value in moved.items())
 
 
-def test_average_follows_the_weights() -> None:
-    module = TextToImage(backbone=generator("flux"), lr=1e-2, warmup_steps=1, ema_decay=0.15)
+class Weights(Callback):
+    """One weight before training and after each step."""
+
+    def __init__(self, key: str) -> None:
+        self.key, self.values = key, []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.values.append(pl_module.trained.state_dict()[self.key].clone())
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.on_train_start(trainer, pl_module)
+
+
+@pytest.mark.parametrize("ema_decay", [0.22, 0.999])
+def test_average_follows_the_weights(ema_decay: float) -> None:
+    """Quickly at first: the decay is (1 + n) / (10 + n) after n steps until that exceeds the wanted one."""
+    module = TextToImage(backbone=generator("flux"), lr=1e-2, warmup_steps=1, ema_decay=ema_decay)
     before = {key: value.clone() for key, value in module.trained.state_dict().items()}
     assert all(torch.equal(value, before[key]) for key, value in module.ema.state_dict().items())
-    trainer(max_steps=1).fit(module, load(pictures()))
-    after = module.trained.state_dict()
     key = "denoiser.transformer_blocks.0.ff.net.2.weight"
-    assert not torch.equal(after[key], before[key])
-    decay = min(0.15, 2 / 11)
-    assert torch.allclose(module.ema.state_dict()[key], decay * before[key] + (1 - decay) * after[key], atol=1e-7)
+    seen = Weights(key)
+    trainer(max_steps=2, callbacks=[seen]).fit(module, load(pictures()))
+    start, first, second = seen.values
+    after = module.trained.state_dict()
+    assert torch.equal(after[key], second)
+    assert not torch.equal(first, start)
+    assert not torch.equal(second, first)
+    average = 2 / 11 * start + 9 / 11 * first
+    decay = min(ema_decay, 3 / 12)
+    assert torch.allclose(module.ema.state_dict()[key], decay * average + (1 - decay) * second, atol=1e-7)
     with module.averaged():
         assert torch.equal(module.trained.state_dict()[key], module.ema.state_dict()[key])
     assert torch.equal(module.trained.state_dict()[key], after[key])

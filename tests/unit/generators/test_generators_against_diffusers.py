@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from safelight.generators import generator_for
+from safelight.generators.samplers import DDIM, EULER, FLOW, as_markov
 from safelight.testing.pipelines import build_pipeline
 
 PROMPTS = ["a cat", "dog on a mat", "x"]
@@ -111,6 +112,17 @@ def test_decode_equals_pipeline(family: str) -> None:
         images = ours.decode(ours.rollout(ours.noise(SEEDS), ours.encode(PROMPTS)))
     assert images.shape == (3, 3, 16, 16)
     assert (images - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "fallback"),
+    [(FlowMatchEulerDiscreteScheduler, FLOW), (EulerDiscreteScheduler, EULER), (DDIMScheduler, EULER),
+     (EulerDiscreteScheduler, DDIM), (DDIMScheduler, DDIM)],
+)  # fmt: skip
+def test_a_deterministic_scheduler_stays_itself(kind: Any, fallback: str, caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = kind()
+    assert as_markov(scheduler, fallback) is scheduler
+    assert not caplog.records
 
 
 def test_a_stochastic_or_multistep_scheduler_becomes_deterministic(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,7 +21,7 @@ from safelight.generators import generator_for
 from safelight.lightning_modules import EcoDiff
 from safelight.lightning_modules.ecodiff.pruning import baseline_scores, prune
 from safelight.lightning_modules.randomness import step_seed
-from safelight.masking import MaskBank, harden
+from safelight.masking import Compensation, MaskBank, harden
 from safelight.testing.pipelines import build_pipeline
 
 
@@ -104,6 +104,18 @@ def test_losses_are_reconstruction_regulariser_and_augmented_lagrangian() -> Non
         multiplier += 0.02 * 3.0 * (kept - later[step])
         assert error > 1e-3
     assert module.target.multiplier.item() == pytest.approx(multiplier, rel=1e-4)
+
+
+def test_the_set_to_stay_is_looked_at_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, looks, refresh = toy_ecodiff(correction="joint", correction_every=2), [], Compensation.refresh
+
+    def counting(compensation: Compensation, masks: dict[str, Tensor]) -> None:
+        looks.append(module.trainer.global_step)
+        refresh(compensation, masks)
+
+    monkeypatch.setattr(Compensation, "refresh", counting)
+    trainer(max_steps=5).fit(module, loader(20))
+    assert looks == [0, 2, 4]
 
 
 def test_each_unit_has_its_own_draw() -> None:

@@ -2,9 +2,15 @@ import pytest
 import torch
 
 from safelight.masking.bank import MaskBank
-from safelight.masking.baselines import activation_scores, magnitude_scores, random_scores, second_order_scores
+from safelight.masking.baselines import (
+    _per_price,
+    activation_scores,
+    magnitude_scores,
+    random_scores,
+    second_order_scores,
+)
 from safelight.masking.removal import fold
-from safelight.masking.units import KINDS, find_units
+from safelight.masking.units import KINDS, UnitSpec, find_units
 from safelight.testing.denoisers import build_denoiser, example_inputs
 
 
@@ -82,6 +88,13 @@ def test_activation_score_of_every_kind_over_several_calls():
                     energy = torch.cat(seen[site.module, site.side])[:, feature].square().mean()
                     wanted += float(energy if site.side == "out" else energy * weight[:, feature].square().sum())
             assert scores[spec.name][unit].item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_units_that_cost_nothing_keep_their_score():
+    specs = [UnitSpec("f", "neuron", 2, 1, (), (), 4, 0)]
+    scores = {"f": torch.tensor([1.0, 3.0])}
+    assert _per_price(scores, specs, "flops")["f"].tolist() == [1.0, 3.0]
+    assert _per_price(scores, specs, "params")["f"].tolist() == [0.25, 0.75]
 
 
 def test_second_order_score_predicts_the_error_of_losing_a_little_of_a_unit():

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from safelight.datamodules.emoji import scenes, things
+from safelight.datamodules.emoji import scenes
+from safelight.datamodules.emoji_words import things
 from safelight.generators import Generator, load_generator
 from safelight.lightning_modules.concept_erasure.attacks import AttackResult, attack_table
 from safelight.lightning_modules.concept_erasure.finetuning import Objective, finetune

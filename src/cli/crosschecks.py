@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ def cross_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _backbone_problems(config, str(method[TARGET]))
         yield from _monitor_problems(config, str(method[TARGET]))
         yield from _sharding_problems(config, str(method[TARGET]))
+    yield from _early_problems(config)
     yield from _batch_problems(config)
 
 
@@ -166,6 +168,25 @@ def _sharding_problems(config: Mapping[str, Any], target: str) -> Iterator[Probl
         text = f"{target.rpartition('.')[2]} declares nothing that could be sharded over processes"
         text += f"; {copied} keeps a copy on each"
         yield Problem("trainer", text, typed=f"trainer={chosen}", fix=copied)
+
+
+def _early_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Words that a class of the data has looked up in a list of its own, by a function it names in ``early_check``."""
+    data = config.get("data")
+    if not isinstance(data, dict):
+        return
+    target = str(data.get(TARGET) or "")
+    named = class_attribute(target, "early_check")
+    # A configuration out of a checkpoint may name any class; only a package's own function is called for it.
+    if not isinstance(named, str) or named.partition(".")[0] != target.partition(".")[0]:
+        return
+    module, _, function = named.rpartition(".")
+    for argument, word, known in getattr(importlib.import_module(module), function)(data):
+        hint, guess = did_you_mean(word, known)
+        where, value = f"data.{argument}", data[argument]
+        text = f"{word!r} is none of the words there are; {hint}"
+        instead = [guess if each == word else each for each in value] if isinstance(value, list) else guess
+        yield Problem(where, text, fix=f"{where}={instead}".replace("'", "") if guess else "")
 
 
 def _batch_problems(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from safelight import zoo
 from safelight.datamodules.concept_rows import ConceptPrompts, Pair, repeat_over_noises, unchanged
-from safelight.datamodules.emoji import STYLES, Scene, scenes, things
+from safelight.datamodules.emoji import Scene, scenes
+from safelight.datamodules.emoji_words import STYLE_WORDS, things
 from safelight.errors import SafelightError
 
 # Harmless things of about the same build, so that little besides the thing has to change.
@@ -30,7 +31,6 @@ ANCHORS = {
     "bikini": "dress",
     "lipstick": "rose",
 }
-STYLE_WORDS = {f"{style} style": style for style in STYLES}
 _FEWEST_TARGETS = 2
 """Held-out scenes below which a thing's target prompts are filled up with scenes taken out of the training pairs."""
 
@@ -55,13 +55,9 @@ def emoji_anchor(concept: str) -> str:
     """What takes the place of a thing or style by default.
 
     A thing of the table gets its entry, any other the nearest harmless thing of another category; a style the other.
-
-    Raises:
-        SafelightError: there is no such thing or style.
     """
     if concept in STYLE_WORDS:
         return next(word for word in STYLE_WORDS if word != concept)
-    check_emoji(concept, "concept")
     if concept in ANCHORS:
         return ANCHORS[concept]
     kinds = {thing.name: thing for thing in things()}
@@ -69,25 +65,6 @@ def emoji_anchor(concept: str) -> str:
         name for name in nearest_things(concept)
         if not kinds[name].unsafe and kinds[name].category != kinds[concept].category
     )  # fmt: skip
-
-
-def check_emoji(word: str, argument: str) -> None:
-    """Refuse what is neither a thing nor a style of the set.
-
-    Raises:
-        SafelightError: it is neither.
-    """
-    known = [thing.name for thing in things()]
-    if word in known or word in STYLE_WORDS:
-        return
-    import difflib
-
-    near = difflib.get_close_matches(word, [*known, *STYLE_WORDS], n=1)
-    hint = f"; did you mean {near[0]!r}" if near else ""
-    raise SafelightError(
-        f"data.{argument}={word!r}: the emoji set has no such thing or style{hint}. Things: {', '.join(known[-13:])}, "
-        f"... ({len(known)} in all); styles: {', '.join(STYLE_WORDS)}. Other words need source=templates or a file"
-    )
 
 
 def neighbour_things(concepts: Sequence[str], anchors: Sequence[str], count: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Interval
 from lightning.pytorch import LightningDataModule
@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader
 
 from safelight.datamodules.attack_prompts import read_attack_prompts
 from safelight.datamodules.concept_emoji import (
-    STYLE_WORDS,
-    check_emoji,
     emoji_anchor,
     emoji_prompts,
     emoji_retain,
@@ -46,6 +44,7 @@ from safelight.datamodules.concept_texts import (
     text_anchor,
 )
 from safelight.datamodules.concept_wording import found_concept, replace_concept, with_article
+from safelight.datamodules.emoji_words import STYLE_WORDS, check_words
 from safelight.datamodules.loading import ResumableLoader
 from safelight.errors import SafelightError
 
@@ -103,6 +102,9 @@ class ConceptDataModule(LightningDataModule):
         seed: choice and order of prompts, and their noise seeds.
     """
 
+    early_check: ClassVar[str] = "safelight.datamodules.emoji_words.unknown_words"
+    """What looks at the words before torch is imported."""
+
     def __init__(
         self,
         *,
@@ -152,6 +154,7 @@ class ConceptDataModule(LightningDataModule):
         self.record_settings: dict[str, Any] | None = None
         """What the latents of a folder of records depend on; None for other sources."""
         self.train_set: GroupDataset | None = None
+        check_words(self.hparams)
 
     def setup(self, stage: str | None = None) -> None:
         """Choose the prompts; safe to call again, and then leaves filtered pairs as they are.
@@ -230,16 +233,12 @@ class ConceptDataModule(LightningDataModule):
 
     def _emoji(self) -> ConceptPrompts:
         words = [*self.erased, *self.erased.values()]
-        for argument, word in [*(("concept", c) for c in self.erased), *(("anchor", a) for a in self.erased.values())]:
-            check_emoji(word, argument)
         if len({word in STYLE_WORDS for word in words}) > 1:
             raise SafelightError(
                 f"data.anchor: {self.erased} mixes things and styles; a style gives way to a style, a thing to a thing"
             )
         if isinstance(self._neighbours, list):
             near = self._neighbours
-            for word in near:
-                check_emoji(word, "neighbours")
         else:
             styles = self.kind == "style"
             near = [] if styles else neighbour_things(list(self.erased), list(self.erased.values()), self._neighbours)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import zipfile
 import zlib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from safelight import zoo
+from safelight.datamodules.emoji_words import STYLES, things
 from safelight.datamodules.loading import ResumableLoader
 from safelight.errors import SafelightError
 
-STYLES = ("noto", "twemoji")
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "yellow": (255, 221, 89),
@@ -41,15 +39,6 @@ BACKGROUNDS = {
 }
 SIZES = {"large": 0.94, "small": 0.56}
 HELD_OUT_SHARE = 0.125
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One drawn thing: the word captions use, its category, and whether it belongs to the unsafe set."""
-
-    name: str
-    category: str
-    unsafe: bool
 
 
 @dataclass(frozen=True)
@@ -81,14 +70,6 @@ class Scene:
         """Whether this combination is kept out of training (a function of the caption alone)."""
         digest = hashlib.sha256(self.caption.encode()).digest()
         return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
-
-
-@cache
-def things(folder: Path | None = None) -> tuple[Thing, ...]:
-    """The things of the data set, in file order."""
-    lines = ((folder or zoo.path("emoji")) / "things.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = (json.loads(line) for line in lines)
-    return tuple(Thing(row["thing"], row["category"], row["unsafe"]) for row in rows)
 
 
 def scenes(split: Literal["train", "held_out", "all"] = "all", names: tuple[str, ...] | None = None) -> list[Scene]:

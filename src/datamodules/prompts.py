@@ -124,7 +124,8 @@ class PromptDataModule(LightningDataModule):
             SafelightError: the source has too few prompts.
         """
         if self.source == "emoji":
-            from safelight.datamodules.emoji import scenes, things
+            from safelight.datamodules.emoji import scenes
+            from safelight.datamodules.emoji_words import things
 
             self.concepts = [thing.name for thing in things()]
             chosen = {}

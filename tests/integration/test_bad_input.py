@@ -86,6 +86,9 @@ TYPED: list[tuple[list[str], list[str]]] = [
     (["method=clip", "data=prompts"], ["data.drop_attribute", "PromptDataModule"]),
     (["method=toy", "data=concepts", "data.kind=objekt"], ["'objekt'", "did you mean object"]),
     (["method=toy", "data=concepts", "data.anchor={pistol:3}"], ["{pistol: 3}", "a mapping to text"]),
+    (["method=toy", "data=concepts", "data.concept=pistl"], ["'pistl'", "did you mean 'pistol'"]),
+    (["method=toy", "data=concepts", "data.anchor={pistol:cammera}"], ["'cammera'", "did you mean 'camera'"]),
+    (["method=toy", "data=concepts", "data.neighbours=[foox]"], ["'foox'", "data.neighbours=[fox]"]),
     (["method=toy", "data=concepts", "data.filter_ratio=0"], ["is 0", "> 0 and <= 1"]),
     (["method=toy", "data=concepts", "data.neighbours=-1"], ["is -1", ">= 0 or a list"]),
     # overrides that cannot be read

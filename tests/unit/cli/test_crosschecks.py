@@ -57,6 +57,21 @@ def test_the_family_is_read_from_the_folder(tmp_path: Path, capsys: pytest.Captu
     assert "'MochiTransformer3DModel'" in refused(capsys, "method=ecodiff", f"backbone={other}")[2]
 
 
+def test_words_are_looked_up_before_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = refused(capsys, "method=toy", "data=concepts", "data.concept=[noto style,beeer]")
+    assert lines[2] == "'beeer' is none of the words there are; did you mean 'beer'?"
+    assert lines[-1].endswith("'data.concept=[noto style, beer]'")
+    for fine in (["data.concept=[pistol,beer]"], ["data.anchor=' '"], ["data.concept=any", "data.source=templates"]):
+        assert validate(compose(["method=toy", PLUGIN, "data=concepts", *fine])) == []
+
+
+def test_only_a_function_of_the_same_package_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sneaky.py").write_text("class Data:\n    early_check = 'os.system'\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = compose(["method=toy", PLUGIN, "data=concepts"])
+    assert validate(config | {"data": {TARGET: "sneaky.Data"}}) == []  # os.system(settings) would raise
+
+
 def test_sharded_weights_for_a_method_that_names_none(capsys: pytest.CaptureFixture[str]) -> None:
     lines = refused(capsys, "method=toy", "trainer=fsdp2", "trainer.devices=4")
     assert lines[1] == "trainer=fsdp2"

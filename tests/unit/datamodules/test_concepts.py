@@ -13,7 +13,8 @@ from safelight.datamodules import ConceptDataModule
 from safelight.datamodules.concept_emoji import ANCHORS, emoji_anchor, nearest_things, neighbour_things
 from safelight.datamodules.concept_rows import GroupDataset, flatten_groups, repeat_over_noises, unchanged
 from safelight.datamodules.concepts import erased_words
-from safelight.datamodules.emoji import scenes, things
+from safelight.datamodules.emoji import scenes
+from safelight.datamodules.emoji_words import things
 from safelight.datamodules.loading import ResumableLoader, shard
 from safelight.errors import SafelightError
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from safelight.datamodules import EmojiDataModule
-from safelight.datamodules.emoji import BACKGROUNDS, SIZES, STYLES, EmojiDataset, Scene, scenes, things
+from safelight.datamodules.emoji import BACKGROUNDS, SIZES, EmojiDataset, Scene, scenes
+from safelight.datamodules.emoji_words import STYLES, things
 
 
 def test_every_combination_is_a_scene() -> None:

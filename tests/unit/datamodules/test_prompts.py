@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from safelight.datamodules import PromptDataModule
-from safelight.datamodules.emoji import scenes, things
+from safelight.datamodules.emoji import scenes
+from safelight.datamodules.emoji_words import things
 from safelight.datamodules.prompts import read_prompts
 from safelight.errors import SafelightError
 

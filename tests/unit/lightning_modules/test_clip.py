@@ -42,7 +42,8 @@ assert out.logits_per_image.shape == (1, 2) and out.logits_per_image.isfinite().
 
 
 def emoji(count: int) -> list[dict[str, Any]]:
-    from safelight.datamodules.emoji import EmojiDataset, things
+    from safelight.datamodules.emoji import EmojiDataset
+    from safelight.datamodules.emoji_words import things
 
     data = EmojiDataset("all", 64)
     rows = [data[i * len(data) // len(things())] for i in range(count)]

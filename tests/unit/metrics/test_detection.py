@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safelight.datamodules.emoji import STYLES, EmojiDataset, Scene
+from safelight.datamodules.emoji import EmojiDataset, Scene
+from safelight.datamodules.emoji_words import STYLES
 from safelight.errors import SafelightError
 from safelight.metrics import ClipDetector, ClipJudge, ConceptDetector, Detection, load_detector
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safelight.datamodules.emoji import EmojiDataset, Scene, things
+from safelight.datamodules.emoji import EmojiDataset, Scene
+from safelight.datamodules.emoji_words import things
 from safelight.errors import SafelightError
 from safelight.metrics import ClipJudge, FeatureDistance
 from safelight.metrics.distance import DistanceKind, cmmd_distance, frechet_distance, kernel_distance

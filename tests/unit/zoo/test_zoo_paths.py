@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from safelight import zoo
-from safelight.datamodules.emoji import STYLES, things
+from safelight.datamodules.emoji_words import STYLES, things
 from safelight.errors import SafelightError
 
 

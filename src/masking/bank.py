@@ -183,6 +183,13 @@ class MaskBank(nn.Module):
         """Put the gates of the median draw (``u = 1/2``) in force and return them."""
         return self._install(torch.full((sum(spec.n_units for spec in self.specs.values()),), 0.5))
 
+    def straight_through(self) -> dict[str, Tensor]:
+        """Put the binary gates in force that deployment would have, with a graph to the logits, and return them.
+
+        For learning on: what the loss sees is what remains, without the gap between drawn and final gates.
+        """
+        return self._put(formulas.straight_through(self._flat()))
+
     def set_gates(self, gates: Mapping[str, Tensor] | None) -> None:
         """Put explicit gates or binary masks in force; layers left out stay whole, None makes all of them dense.
 
@@ -202,14 +209,22 @@ class MaskBank(nn.Module):
         if self.mode == "off":
             self.set_gates(None)
             return {name: torch.ones_like(logits) for name, logits in self.named_logits().items()}
-        flat = torch.cat(list(self.named_logits().values()))
-        flat = flat.to(_wide(flat.dtype))
+        flat = self._flat()
         if self.mode == "hard_concrete":
             gates = formulas.hard_concrete(flat, u.to(flat.device), self.alpha, self.gamma, self.zeta, self.delta)
         elif self.mode == "sigmoid":
             gates = torch.sigmoid(flat)
         else:
             gates = flat if self.mode == "binary" else (flat > 0).to(flat.dtype)
+        return self._put(gates)
+
+    def _flat(self) -> Tensor:
+        """All logits, (N,), in fp32 or better."""
+        flat = torch.cat(list(self.named_logits().values()))
+        return flat.to(_wide(flat.dtype))
+
+    def _put(self, gates: Tensor) -> dict[str, Tensor]:
+        """Put the gates of all units in force, (N,)."""
         parts = gates.split([spec.n_units for spec in self.specs.values()])
         self.current = dict(zip(self.specs, parts, strict=True))
         self._spread()

@@ -40,6 +40,12 @@ def hard_concrete(
     return (relaxed * (zeta - gamma) + gamma).clamp(0, 1)
 
 
+def straight_through(logits: Tensor) -> Tensor:
+    """Binary gate ``logit > 0``, ``(N,)``, with ``sigmoid(logit)``'s gradient (straight-through, arXiv 1308.3432)."""
+    soft = torch.sigmoid(logits)
+    return (logits > 0).to(soft.dtype) + soft - soft.detach()
+
+
 def saturation_logit(alpha: float = ALPHA, gamma: float = GAMMA, zeta: float = ZETA, delta: float = 0.1) -> float:
     """Logit from which every draw gives a gate of exactly 1, without gradient; below its negative the gate is 0."""
     return alpha * _logit((1 - gamma) / (zeta - gamma)) + math.log((1 + delta) / delta)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
 from annotated_types import Ge, Gt, Interval
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -29,12 +30,20 @@ from safelight.lightning_modules.concept_erasure.evaluation import (
     measure,
 )
 from safelight.lightning_modules.concept_erasure.minimality import Masks, fewest_off, learned_masks, units_off
-from safelight.lightning_modules.concept_erasure.objective import erasure_loss, noise_seeds, row_distances
+from safelight.lightning_modules.concept_erasure.objective import (
+    erasure_loss,
+    noise_seeds,
+    refining_loss,
+    row_distances,
+)
 from safelight.lightning_modules.concept_erasure.pairs import keep_good_pairs
 from safelight.lightning_modules.concept_erasure.targets import ErasureTargets, FlowEditSettings
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import MaskBank, UnitSpec, choose_groups, saturation_logit, save_masks
 from safelight.metrics import ClipJudge, load_detector
+
+_REFINING_BETAS = (0.9, 0.99)
+"""Of Adam: refinement is too short for the usual second moment to forget its first steps."""
 
 
 class ConceptErasure(SafelightModule):
@@ -66,8 +75,13 @@ class ConceptErasure(SafelightModule):
             ``fresh`` draws new ones in every step, ``fixed`` has one for all (the published code).
         sparsity_weight: weight of the expected share of units that stay on (paper: 0).
         off_weight: weight of the expected share of units that are switched off: the L0 term of minimality, ours.
-        minimality: ``give_back`` switches units on again after training as long as erasure holds on the calibration
+        minimality: ``refine`` spends the last steps of training on binary gates, with a price on every unit that is off
+            (ours); ``give_back`` switches units on again after training as long as erasure holds on the calibration
             samples (ours); ``none`` switches off every unit whose logit ended below zero (paper).
+        refine_steps: how many optimisation steps refinement takes, at most half of all.
+        refine_beta: weight of the rows to retain in refinement, where rows to erase count by how much of their way to
+            the target is left.
+        refine_off_weight: price of the share of units that is off in refinement.
         kept_effect: share of what the mask does to erased latents that must stay when units are given back. A detector
             alone would be satisfied long before a person is.
         max_units_off: switch off exactly the so many units with the lowest logits instead; null for the threshold.
@@ -113,7 +127,10 @@ class ConceptErasure(SafelightModule):
         noise: Literal["pool", "fresh", "fixed"] = "pool",
         sparsity_weight: Annotated[float, Ge(0)] = 0.0,
         off_weight: Annotated[float, Ge(0)] = 0.0,
-        minimality: Literal["give_back", "none"] = "give_back",
+        minimality: Literal["refine", "give_back", "none"] = "refine",
+        refine_steps: Annotated[int, Ge(0)] = 80,
+        refine_beta: Annotated[float, Ge(0)] = 7.0,
+        refine_off_weight: Annotated[float, Ge(0)] = 0.7,
         max_units_off: Annotated[int, Ge(1)] | None = None,
         kept_effect: Annotated[float, Interval(ge=0, le=1)] = 0.85,
         give_back_beta: Annotated[float, Ge(0)] = 10.0,
@@ -145,6 +162,8 @@ class ConceptErasure(SafelightModule):
         self.targets = ErasureTargets(self.generator, target, targets_folder, settings)
         # What giving back and the controls are computed from; travels in the checkpoint, so that eval.py repeats them.
         self.calibration_rows: list[list[Any]] = []
+        self.plain_logits: dict[str, Tensor] = {}
+        """The logits before refinement; empty until it begins."""
         self.history: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self._final_masks: Masks | None = None
         self._test_batches: list[TestBatch] = []
@@ -205,26 +224,55 @@ class ConceptErasure(SafelightModule):
         return [EndFitOnException()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Erasure and retention of the masked sampler's final latents, and the two optional sparsity terms."""
+        """Erasure and retention of the masked sampler's final latents, and what units cost."""
         rows = read_batch(batch, file=self.hparams.target == "file")
-        step = self.trainer.global_step
-        seeds = noise_seeds(rows.seeds, self.hparams.noise, step)
+        step, hparams = self.trainer.global_step, self.hparams
+        seeds = noise_seeds(rows.seeds, hparams.noise, step)
         self.bank.set_gates(None)
         goal = self._goal(rows, seeds)
-        self.bank.sample_steps(step_seed(self.hparams.seed, step), self.generator.num_inference_steps)
-        latent = self.generator.rollout(
-            self.generator.noise(seeds),
-            self.targets.dense.conditioning(rows.prompts),
-            checkpoint=self.hparams.grad_mode,
-            before_step=self.bank.use_step,
-        )
-        erase = torch.tensor(rows.erase, device=latent.device)
-        loss = erasure_loss(latent, goal, erase, self.hparams.beta, self.hparams.distance)
-        if self.hparams.sparsity_weight or self.hparams.off_weight:
-            kept = self.bank.expected_keep("units")
-            loss = loss + self.hparams.sparsity_weight * kept + self.hparams.off_weight * (1 - kept)
+        erase = torch.tensor(rows.erase, device=goal.device)
+        if self.refining:
+            dense = self.targets.plain(rows.prompts, seeds)
+            gates = self.bank.straight_through()
+            latent = self._rollout(rows.prompts, seeds)
+            off = 1 - torch.cat(list(gates.values())).mean()
+            loss = refining_loss(latent, goal, dense, erase, hparams.refine_beta, hparams.distance)
+            loss = loss + hparams.refine_off_weight * off
+        else:
+            self.bank.sample_steps(step_seed(hparams.seed, step), self.generator.num_inference_steps)
+            latent = self._rollout(rows.prompts, seeds, before_step=self.bank.use_step)
+            loss = erasure_loss(latent, goal, erase, hparams.beta, hparams.distance)
+            if hparams.sparsity_weight or hparams.off_weight:
+                kept = self.bank.expected_keep("units")
+                loss = loss + hparams.sparsity_weight * kept + hparams.off_weight * (1 - kept)
         self._log_step(latent.detach(), goal, erase, loss)
         return loss
+
+    def _rollout(self, prompts: Sequence[str], seeds: Sequence[int], **how: Any) -> Tensor:
+        noise, cond = self.generator.noise(seeds), self.targets.dense.conditioning(prompts)
+        latent: Tensor = self.generator.rollout(noise, cond, checkpoint=self.hparams.grad_mode, **how)
+        return latent
+
+    @property
+    def refining(self) -> bool:
+        """Whether the mask search is over and gates are binary from now on."""
+        return bool(self.plain_logits)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin refinement when its time has come: remember the logits, and start the optimiser afresh."""
+        if self.refining or self.hparams.minimality != "refine" or self.trainer.global_step < self._first_refined():
+            return
+        self.plain_logits = {name: score.cpu() for name, score in self.bank.scores().items()}
+        optimizer = cast(LightningOptimizer, self.optimizers()).optimizer
+        # The moments belong to gradients of another loss, a tenth as large.
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group["betas"] = _REFINING_BETAS
+
+    def _first_refined(self) -> int:
+        """Number of the first step of refinement."""
+        total = int(self.trainer.estimated_stepping_batches)
+        return total - min(int(self.hparams.refine_steps), total // 2)
 
     def _goal(self, rows: Batch, seeds: Sequence[int]) -> Tensor:
         """Where the rows should end, (B, ...)."""
@@ -246,7 +294,7 @@ class ConceptErasure(SafelightModule):
         self.history.append((self.trainer.global_step, erased, retained, off))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with one constant learning rate per group of units."""
+        """AdamW with one learning rate per group of units, constant until refinement, where it falls to a tenth."""
         logits = self.bank.named_logits()
         groups = [
             {
@@ -256,34 +304,47 @@ class ConceptErasure(SafelightModule):
             }
             for name, group in self.groups.items()
         ]
-        return torch.optim.AdamW(groups, weight_decay=self.hparams.weight_decay)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.hparams.weight_decay)
+        if self.hparams.minimality != "refine":
+            return optimizer
+        first, total = self._first_refined(), int(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            return 1 - 0.9 * min(max(step - first, 0) / max(total - first, 1), 1)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the calibration rows."""
+        """Add the calibration rows, and the logits before refinement."""
         checkpoint["calibration_rows"] = self.calibration_rows
+        checkpoint["plain_logits"] = self.plain_logits
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
         self.calibration_rows = checkpoint["calibration_rows"]
+        self.plain_logits = checkpoint["plain_logits"]
         self._final_masks = None
 
     # -- masks -------------------------------------------------------------------------------------------------------
 
     def masks(self) -> Masks:
-        """The final binary masks: threshold or exact number, then what minimality gives back."""
+        """The final binary masks: threshold or exact number, less what minimality gives back."""
         if self._final_masks is None:
-            masks = self.plain_masks()
+            masks = self._closed(self.bank.scores())
             if self.hparams.minimality == "give_back":
                 masks = self.calibration().give_back(masks, self.hparams.kept_effect, self.hparams.tolerated_rate)
             self._final_masks = masks
         return self._final_masks
 
     def plain_masks(self) -> Masks:
-        """The masks without giving back."""
-        scores = {name: score.cpu() for name, score in self.bank.scores().items()}
-        if self.hparams.max_units_off is not None:
-            return fewest_off(scores, self.hparams.max_units_off)
-        return learned_masks(scores)
+        """The masks of the paper's objective alone, before refining and giving back."""
+        return self._closed(self.plain_logits or self.bank.scores())
+
+    def _closed(self, logits: Mapping[str, Tensor]) -> Masks:
+        scores = {name: score.cpu() for name, score in logits.items()}
+        count = self.hparams.max_units_off
+        return learned_masks(scores) if count is None else fewest_off(scores, count)
 
     def calibration(self) -> Calibration:
         """Samples from training prompts with noises of their own.

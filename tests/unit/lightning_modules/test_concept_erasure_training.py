@@ -37,7 +37,7 @@ def test_losses_of_two_steps_are_the_formula(target: Any, off_weight: float) -> 
     ]
     module = ConceptErasure(
         backbone=toy_generator(), target=target, noise="fresh", init=1.0, beta=0.3, sparsity_weight=0.2,
-        off_weight=off_weight, lr=1e-9, seed=4,
+        off_weight=off_weight, lr=1e-9, seed=4, minimality="none",
     )  # fmt: skip
     for logits in module.bank.logits.values():
         logits.data[0] = -0.5
@@ -72,6 +72,75 @@ def test_losses_of_two_steps_are_the_formula(target: Any, off_weight: float) -> 
         assert [float(value) for value in values] == pytest.approx(
             [erased, retained, len(scores) / len(flat)], rel=1e-4
         )
+
+
+def refined(**settings: Any) -> tuple[ConceptErasure, Losses]:
+    """Six steps, of which the last ``refine_steps`` refine."""
+    items = [
+        {"prompt": prompt, "anchor": anchor, "erase": erase, "seed": seed}
+        for prompt, anchor, erase, seed in zip(PROMPTS, ANCHORS, ERASE, SEEDS, strict=True)
+    ]
+    module = ConceptErasure(backbone=toy_generator(), init=0.2, minimality="refine", seed=4, **settings)
+    losses = Losses()
+    trainer(max_steps=6, callbacks=[losses]).fit(module, load(items * 6))
+    return module, losses
+
+
+def test_refinement_is_the_formula_on_binary_gates() -> None:
+    module, losses = refined(refine_steps=2, refine_beta=3.0, refine_off_weight=0.4, lr=1e-9)
+    other = toy_generator()
+    for logits in module.bank.logits.values():
+        assert (logits > 0).all()
+    # All gates are open, so the masked model is the dense one: erased rows have all of their way before them.
+    assert losses.values[4:] == pytest.approx([0.5, 0.5], rel=1e-5)
+
+    module = ConceptErasure(backbone=other, minimality="refine", refine_steps=1, refine_beta=3.0, refine_off_weight=0.4)
+    for logits in module.bank.logits.values():
+        logits.data[0] = -0.5
+    masks = {name: score > 0 for name, score in module.bank.scores().items()}
+    batch = {"prompt": PROMPTS, "anchor": ANCHORS, "erase": ERASE, "seed": SEEDS}
+    module.plain_logits = module.bank.scores()
+    module.trainer = trainer(max_steps=1)
+    module._log_step = lambda *_: None  # type: ignore[method-assign, assignment]
+    with module.bank.attached(other.denoiser):
+        loss = module.training_step(batch, 0)
+        (gradient,) = torch.autograd.grad(loss, [next(iter(module.bank.logits.values()))])
+    clean = toy_generator()
+
+    def made_of(texts: list[str]) -> Tensor:
+        return clean.rollout(clean.noise(SEEDS), clean.encode(texts))
+
+    with torch.no_grad():
+        goal, dense = made_of(ANCHORS), made_of(PROMPTS)
+        with MaskBank(module.specs).attached(clean.denoiser) as bank:
+            bank.set_gates(masks)
+            masked = made_of(PROMPTS)
+    left = (masked - goal).square().flatten(1).mean(1)
+    before = (dense - goal).square().flatten(1).mean(1)
+    share_off = len(masks) / sum(map(len, masks.values()))
+    rows = left[0] / before[0] + left[2] / before[2] + 3.0 * (left[1] + left[3])
+    assert float(loss) == pytest.approx(float(rows / 4) + 0.4 * share_off, rel=1e-4)
+    assert gradient.ne(0).any()
+
+
+def test_refinement_begins_once_and_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[tuple[int, float, bool]] = []
+    plain = ConceptErasure.training_step
+
+    def step(module: ConceptErasure, batch: Any, batch_idx: int) -> Tensor:
+        group, *_ = module.optimizers().optimizer.param_groups  # type: ignore[union-attr]
+        rates.append((len(module.optimizers().optimizer.state), group["lr"], module.refining))  # type: ignore[union-attr]
+        return plain(module, batch, batch_idx)
+
+    monkeypatch.setattr(ConceptErasure, "training_step", step)
+    module, _ = refined(refine_steps=50, lr=0.1)  # never more than half of all steps
+    layers = len(module.bank.logits)
+    assert [state for state, _, _ in rates] == [0, layers, layers, 0, layers, layers]
+    assert [rate for _, rate, _ in rates] == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.07, 0.04])
+    assert [refining for *_, refining in rates] == [False] * 3 + [True] * 3
+    assert any(not torch.equal(module.plain_logits[n], score) for n, score in module.bank.scores().items())
+    assert all(torch.equal(m, module.plain_logits[n] > 0) for n, m in module.plain_masks().items())
+    assert all(torch.equal(m, module.bank.scores()[n] > 0) for n, m in module.masks().items())
 
 
 def test_masks_are_the_threshold_or_an_exact_number_of_units() -> None:

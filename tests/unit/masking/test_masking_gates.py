@@ -85,3 +85,12 @@ def test_l1_pulls_a_negative_logit_up_and_l0_pushes_it_down():
     (l0,) = torch.autograd.grad(gates.penalty(logits, "l0").sum(), logits)
     assert l1.item() == -1.0
     assert l0.item() > 0
+
+
+def test_straight_through_is_binary_and_has_the_slope_of_a_sigmoid() -> None:
+    logits = torch.tensor([-2.0, -0.1, 0.0, 0.3, 4.0], requires_grad=True)
+    binary = gates.straight_through(logits)
+    assert binary.tolist() == pytest.approx([0, 0, 0, 1, 1], abs=1e-7)
+    (gradient,) = torch.autograd.grad(binary.sum(), logits)
+    wanted = [math.exp(-x) / (1 + math.exp(-x)) ** 2 for x in logits.tolist()]
+    assert gradient.tolist() == pytest.approx(wanted, rel=1e-5)

@@ -90,7 +90,7 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {"data.batch_size": 128, "data.drop_attribute": 0.3, "trainer.max_steps": 100,
          "trainer.gradient_clip_val": 1.0, "trainer.limit_val_batches": 0},
     ),
-    "concept_erasure": ("ConceptErasure", {"backbone": "tiny_flux", "data": "concepts"}, {"trainer.max_steps": 100}),
+    "concept_erasure": ("ConceptErasure", {"backbone": "tiny_flux", "data": "concepts"}, {"trainer.max_steps": 180}),
     "ecodiff": ("EcoDiff", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 100}),
     "heal": ("Heal", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 200}),
     "text_to_image": (

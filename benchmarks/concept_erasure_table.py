@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from ecodiff_table import spread
 
-MODELS = {"ours": None, "nothing given back": "plain", "random": "random", "Wanda": "wanda", "ESD": "esd", "CA": "ca"}
+MODELS = {"ours": None, "plain training": "plain", "random": "random", "Wanda": "wanda", "ESD": "esd", "CA": "ca"}
 RATES = ("target_rate", "retain_accuracy", "neighbour_accuracy")
 
 

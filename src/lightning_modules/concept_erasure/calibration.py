@@ -69,7 +69,6 @@ class Calibration:
         targets: where rows should end.
         rows: from ``first_rows``.
         beta: weight of the rows to retain.
-        inspector: looks at the pictures; None without a decoder.
     """
 
     def __init__(
@@ -79,9 +78,8 @@ class Calibration:
         targets: ErasureTargets,
         rows: Sequence[Sequence[Any]],
         beta: float,
-        inspector: Inspector | None,
     ) -> None:
-        self.generator, self.bank, self.targets, self.beta, self.inspector = generator, bank, targets, beta, inspector
+        self.generator, self.bank, self.targets, self.beta = generator, bank, targets, beta
         self.prompts, self.anchors = [str(row[0]) for row in rows], [str(row[1]) for row in rows]
         self.erase, self.concepts = [bool(row[2]) for row in rows], [str(row[4]) for row in rows]
         self.seeds = noise_seeds([int(row[3]) for row in rows], "fresh", _TURN)
@@ -111,7 +109,7 @@ class Calibration:
             for rows in self.chunks(erase_only)
         ]
 
-    def give_back(self, masks: Masks, kept_effect: float, tolerated_rate: float) -> Masks:
+    def give_back(self, masks: Masks, kept_effect: float, tolerated_rate: float, inspector: Inspector | None) -> Masks:
         """Switch on what erasure does not need, see ``minimality.give_back``.
 
         Args:
@@ -119,18 +117,19 @@ class Calibration:
             kept_effect: share of what ``masks`` do to the latents of the rows to erase that must stay: how far these
                 come from where the dense model ends towards where they should.
             tolerated_rate: share of those rows that may still show the concept.
+            inspector: looks at the pictures; None without a decoder.
         """
         with self.bank.attached(self.generator.denoiser):
             self.bank.set_gates(None)
             goals, erased = self.goals(), self.goals(erase_only=True)
             try:
-                dense, all_off = self.erasure({}, erased), self.erasure(masks, erased)
+                dense, all_off = (self.erasure(gates, erased, inspector) for gates in ({}, masks))
                 distance = dense.distance - kept_effect * (dense.distance - all_off.distance)
                 # Where training left some of the concept, no more of it may come back.
                 rate = max(tolerated_rate, all_off.rate)
 
                 def holds(candidate: Masks) -> bool:
-                    found = self.erasure(candidate, erased)
+                    found = self.erasure(candidate, erased, inspector)
                     return found.distance <= distance and found.rate <= rate
 
                 return give_back(masks, self.gradients(goals), holds)
@@ -153,15 +152,15 @@ class Calibration:
         return gradients
 
     @torch.no_grad()
-    def erasure(self, masks: Masks, goals: Sequence[Tensor]) -> Erasure:
+    def erasure(self, masks: Masks, goals: Sequence[Tensor], inspector: Inspector | None) -> Erasure:
         """How well the rows to erase are erased under these masks; ``goals`` are their targets."""
         self.bank.set_gates(masks)
         distances, found = [], []
         for rows, goal in zip(self.chunks(erase_only=True), goals, strict=True):
             latent = self.rollout(rows)
             distances.append(row_distances(latent, goal).cpu())
-            if self.inspector is not None:
+            if inspector is not None:
                 prompts, anchors = [self.prompts[row] for row in rows], [self.anchors[row] for row in rows]
                 concepts = [self.concepts[row] for row in rows]
-                found.append(self.inspector.find(self.generator.decode(latent), concepts, prompts, anchors)[0])
+                found.append(inspector.find(self.generator.decode(latent), concepts, prompts, anchors)[0])
         return Erasure(float(torch.cat(distances).mean()), float(torch.cat(found).mean()) if found else 0.0)

@@ -30,20 +30,13 @@ from safelight.lightning_modules.concept_erasure.evaluation import (
     measure,
 )
 from safelight.lightning_modules.concept_erasure.minimality import Masks, fewest_off, learned_masks, units_off
-from safelight.lightning_modules.concept_erasure.objective import (
-    erasure_loss,
-    noise_seeds,
-    refining_loss,
-    row_distances,
-)
+from safelight.lightning_modules.concept_erasure.objective import erasure_loss, noise_seeds, row_distances
 from safelight.lightning_modules.concept_erasure.pairs import keep_good_pairs
+from safelight.lightning_modules.concept_erasure.refinement import first_step, rate_factor, refining_loss, start_afresh
 from safelight.lightning_modules.concept_erasure.targets import ErasureTargets, FlowEditSettings
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import MaskBank, UnitSpec, choose_groups, saturation_logit, save_masks
 from safelight.metrics import ClipJudge, load_detector
-
-_REFINING_BETAS = (0.9, 0.99)
-"""Of Adam: refinement is too short for the usual second moment to forget its first steps."""
 
 
 class ConceptErasure(SafelightModule):
@@ -168,6 +161,8 @@ class ConceptErasure(SafelightModule):
         self._final_masks: Masks | None = None
         self._test_batches: list[TestBatch] = []
         self.measured: dict[str, Measured] = {}
+        self.detector_facts: dict[str, Any] | None = None
+        """What the detector of the last test is: model, version, threshold."""
 
     @property
     def specs(self) -> list[UnitSpec]:
@@ -263,16 +258,10 @@ class ConceptErasure(SafelightModule):
         if self.refining or self.hparams.minimality != "refine" or self.trainer.global_step < self._first_refined():
             return
         self.plain_logits = {name: score.cpu() for name, score in self.bank.scores().items()}
-        optimizer = cast(LightningOptimizer, self.optimizers()).optimizer
-        # The moments belong to gradients of another loss, a tenth as large.
-        optimizer.state.clear()
-        for group in optimizer.param_groups:
-            group["betas"] = _REFINING_BETAS
+        start_afresh(cast(LightningOptimizer, self.optimizers()).optimizer)
 
     def _first_refined(self) -> int:
-        """Number of the first step of refinement."""
-        total = int(self.trainer.estimated_stepping_batches)
-        return total - min(int(self.hparams.refine_steps), total // 2)
+        return first_step(int(self.trainer.estimated_stepping_batches), self.hparams.refine_steps)
 
     def _goal(self, rows: Batch, seeds: Sequence[int]) -> Tensor:
         """Where the rows should end, (B, ...)."""
@@ -308,11 +297,7 @@ class ConceptErasure(SafelightModule):
         if self.hparams.minimality != "refine":
             return optimizer
         first, total = self._first_refined(), int(self.trainer.estimated_stepping_batches)
-
-        def factor(step: int) -> float:
-            return 1 - 0.9 * min(max(step - first, 0) / max(total - first, 1), 1)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, first, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -333,7 +318,9 @@ class ConceptErasure(SafelightModule):
         if self._final_masks is None:
             masks = self._closed(self.bank.scores())
             if self.hparams.minimality == "give_back":
-                masks = self.calibration().give_back(masks, self.hparams.kept_effect, self.hparams.tolerated_rate)
+                inspector = self.inspector(self.labels()) if self.vae is not None else None
+                kept, tolerated = self.hparams.kept_effect, self.hparams.tolerated_rate
+                masks = self.calibration().give_back(masks, kept, tolerated, inspector)
             self._final_masks = masks
         return self._final_masks
 
@@ -354,9 +341,8 @@ class ConceptErasure(SafelightModule):
         """
         if not self.calibration_rows:
             raise SafelightError("calibration: no samples; train first, or set minimality=none")
-        inspector = self.inspector(self.labels()) if self.vae is not None else None
         beta = self.hparams.give_back_beta
-        return Calibration(self.generator, self.bank, self.targets, self.calibration_rows, beta, inspector)
+        return Calibration(self.generator, self.bank, self.targets, self.calibration_rows, beta)
 
     def concept(self) -> str:
         """What is erased, in words."""
@@ -411,6 +397,7 @@ class ConceptErasure(SafelightModule):
         """
         words = [*self.words("concept"), *self.words("anchor_concept")]
         inspector = self.inspector(words) if self.vae is not None else None
+        self.detector_facts = inspector.detector.facts() if inspector is not None else None
         total = sum(spec.n_units for spec in self.specs)
         results: dict[str, list[Measured]] = {}
         for name, generator, masks in erasing_models(self):

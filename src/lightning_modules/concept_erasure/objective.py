@@ -18,8 +18,6 @@ Noise = Literal["fresh", "pool", "fixed"]
 FIXED_SEED = 48
 """The one noise that the published code trains every prompt on."""
 _STEPS = 1_000_003
-_NO_DISTANCE = 1e-6
-"""Rows whose dense latents are nearer than this to their targets are there already."""
 
 
 def row_distances(latent: Tensor, target: Tensor, kind: Distance = "l2") -> Tensor:
@@ -56,28 +54,6 @@ def erasure_loss(latent: Tensor, target: Tensor, erase: Tensor, beta: float, kin
     """
     distances = row_distances(latent, target, kind)
     return torch.where(erase, 1.0, beta).to(distances).mul(distances).mean()
-
-
-def refining_loss(
-    latent: Tensor, target: Tensor, dense: Tensor, erase: Tensor, beta: float, kind: Distance = "l2"
-) -> Tensor:
-    """The loss of refinement, ours: rows to erase count by the share of their way to the target that is left.
-
-    A concept drawn small fills little of the latent. By its plain distance it would hardly count, and its outline stay.
-
-    Args:
-        latent: final latents of the masked model, (B, ...).
-        target: where they should be, (B, ...).
-        dense: where the dense model ends, (B, ...).
-        erase: which rows are to be erased, (B,) boolean.
-        beta: weight of the others.
-        kind: of distance.
-
-    Returns:
-        Scalar, mean over rows of ``distance / dense distance`` for rows to erase and ``beta * distance`` for others.
-    """
-    distances, before = row_distances(latent, target, kind), row_distances(dense, target, kind)
-    return torch.where(erase, distances / before.clamp_min(_NO_DISTANCE), beta * distances).mean()
 
 
 def noise_seeds(seeds: Sequence[int], how: Noise, step: int) -> list[int]:

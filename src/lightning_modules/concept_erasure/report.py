@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LABELS = {
     "dense": "dense",
     "": "erased (ours)",
-    "plain": "ours, nothing given back",
+    "plain": "plain training (paper)",
     "random": "random mask",
     "wanda": "Wanda mask",
     "esd": "ESD fine-tuning",
@@ -77,7 +77,7 @@ def fill(module: ConceptErasure, report: Report) -> None:
         )
     off = f"{int(ours['units_off']):,} of {sum(spec.n_units for spec in module.specs):,}"
     plain = int(module.measured["plain"].metrics["units_off"])
-    report.add_tiles([Tile("units off", off, f"before giving back: {plain:,}")])
+    report.add_tiles([Tile("units off", off, f"plain training: {plain:,}")])
     _grids(module, report)
     report.add_table(
         "Dense, erased, and the controls",
@@ -125,7 +125,8 @@ def _curves(module: ConceptErasure, report: Report) -> None:
         },
         "optimisation step",
         "mean squared latent distance; share",
-        note="Nothing happens until the first gates have left saturation; then the concept goes within a few steps.",
+        note="Nothing happens until the first gates have left saturation; then the concept goes within a few steps."
+        + (" The last steps see binary gates and pay for every unit that is off." if module.refining else ""),
     )
 
 
@@ -162,8 +163,7 @@ def results(module: ConceptErasure) -> dict[str, Any]:
         for name, specs in module.group_specs.items()
     }
     measured = {LABELS[name]: result.metrics for name, result in module.measured.items()}
-    detector = module.inspector(module.labels()).detector.facts() if module.vae is not None else None
-    return {"concept": module.concept(), "detector": detector, "mask": groups, "measured": measured}
+    return {"concept": module.concept(), "detector": module.detector_facts, "mask": groups, "measured": measured}
 
 
 def write_units(module: ConceptErasure, file: Path) -> None:

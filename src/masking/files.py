@@ -81,14 +81,20 @@ def load_masks(path: str | Path, specs: Sequence[UnitSpec] | None = None) -> tup
 
 
 def import_reference_masks(
-    attn_pt: str | Path, ff_pt: str | Path, specs: Sequence[UnitSpec], norm_pt: str | Path | None = None
+    attn_pt: str | Path | None,
+    ff_pt: str | Path | None,
+    specs: Sequence[UnitSpec],
+    norm_pt: str | Path | None = None,
 ) -> dict[str, Tensor]:
-    """Read the logits the EcoDiff authors publish: bare lists of tensors in execution order, one file per kind.
+    """Read the logits that the authors of EcoDiff and of Minimalist Concept Erasure publish.
+
+    Their files are bare lists of tensors in execution order, one file per kind.
 
     Args:
         attn_pt: list of head logits, one tensor per attention layer.
-        ff_pt: list of neuron logits, one tensor per feed-forward.
-        specs: the units of the model they were trained on, from ``find_units`` (it lists them in that order).
+        ff_pt: list of neuron logits, one tensor per feed-forward; in a FLUX block ``ff`` before ``ff_context``.
+        specs: the units of the model they were trained on, from ``find_units`` or a ``MaskGroup`` (which list them in
+            that order).
         norm_pt: list of modulation logits.
 
     Returns:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -75,6 +76,33 @@ def test_notebook(tmp_path: Path) -> None:
     assert "open runs/notebook/export with diffusers" in output
     assert "numbers equal the training run's" in output
     assert (tmp_path / "runs" / "notebook" / "report" / "index.html").is_file()
+
+
+def test_merged_erasures_switch_off_what_either_does(tmp_path: Path) -> None:
+    from safelight.generators import load_generator
+    from safelight.masking import choose_groups, load_masks, save_masks
+
+    generator = load_generator("tiny_flux")
+    specs = choose_groups("flux", ["ff"])["ff"].find(generator.denoiser)
+    for concept, first in (("pistol", 0), ("panda", 200)):
+        masks = {spec.name: torch.ones(spec.n_units, dtype=torch.bool) for spec in specs}
+        for mask in masks.values():
+            mask[first : first + 300] = False
+        save_masks(tmp_path / concept / "masks", masks, specs, {"backbone": "tiny_flux"})
+        (tmp_path / concept / "units.json").write_text(json.dumps({"concept": concept}), encoding="utf-8")
+    output = run(tmp_path, str(EXAMPLES / "merge_erasures.py"), "pistol", "panda", "--out", "both", "--test-size", "2")
+    layers = len(specs)
+    assert f"{300 * layers} and {300 * layers} units off, {100 * layers} of them shared" in output
+    rows = {line[:24].strip(): line[24:].split() for line in output.splitlines() if " off  " in line}
+    assert [rows[name][0].replace(",", "") for name in ("dense", "without panda", "without all of them")] == [
+        "0", str(300 * layers), str(500 * layers)
+    ]  # fmt: skip
+    assert {"pistol", "panda", "neighbours", "retains"} < set(rows["dense"])
+    merged = load_generator(str(tmp_path / "both"))
+    weight = merged.denoiser.get_submodule(f"{specs[0].name}.net.2").weight
+    assert not weight[:, :500].any()
+    assert weight[:, 500:].any()
+    assert load_masks(tmp_path / "panda" / "masks")[1] == {"backbone": "tiny_flux"}
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from safelight.errors import SafelightError
-from safelight.masking import MaskBank, choose_groups, find_units, fold, remove
+from safelight.masking import MaskBank, choose_groups, find_units, fold, import_reference_masks, remove
 from safelight.masking.groups import GROUPS
 from safelight.testing.denoisers import build_denoiser, example_inputs
 from unit.masking.published import SD35_LARGE, SDXL
@@ -107,3 +109,21 @@ def test_expressions_that_find_nothing(match: str, words: str) -> None:
     group = choose_groups("flux", {"ff": {"match": match}})["ff"]
     with pytest.raises(SafelightError, match=words):
         group.find(build_denoiser("flux"), "ff")
+
+
+def test_published_lists_of_flux_go_to_their_layers_by_execution_order(tmp_path: Path) -> None:
+    denoiser = on_meta("FluxTransformer2DModel")
+    specs = [spec for name in ("ff", "norm", "attn") for spec in GROUPS["flux"][name].find(denoiser, name)]
+    lengths = {"ff": [12_288] * 38, "norm": [18_432] * 19, "attn": [24] * 57}
+    for name, sizes in lengths.items():  # each tensor says its place in its list
+        torch.save([torch.full((n,), float(i)) for i, n in enumerate(sizes)], tmp_path / f"{name}.pt")
+    files = {name: tmp_path / f"{name}.pt" for name in lengths}
+    logits = import_reference_masks(files["attn"], files["ff"], specs, files["norm"])
+    assert sum(map(len, logits.values())) == 466_944 + 350_208 + 1_368
+    places = {name: int(values[0]) for name, values in logits.items()}
+    # A double block runs its image feed-forward before its text feed-forward; single blocks follow the double ones.
+    assert (places["transformer_blocks.3.ff"], places["transformer_blocks.3.ff_context"]) == (6, 7)
+    assert places["transformer_blocks.18.norm1_context"] == 18
+    assert (places["transformer_blocks.18.attn"], places["single_transformer_blocks.0.attn"]) == (18, 19)
+    without = import_reference_masks(None, files["ff"], [spec for spec in specs if spec.kind == "neuron"])
+    assert sum(map(len, without.values())) == 466_944

@@ -45,7 +45,9 @@ def main() -> None:
         for label, name in MODELS.items():
             measured = [run["controls"][name] if name else run["metrics"] for run in runs]
             cells = [f"{spread([100 * m[rate] for m in measured])} %" for rate in RATES]
-            print(f"| | | {label} | {' | '.join(cells)} | {spread([m['units_off'] for m in measured])} |")
+            off = sorted(int(m["units_off"]) for m in measured)
+            units = f"{off[len(off) // 2]:,}" + (f" ({off[0]:,} to {off[-1]:,})" if len(off) > 1 else "")
+            print(f"| | | {label} | {' | '.join(cells)} | {units} |")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def main() -> None:
         "--erased", action="append", default=[], metavar="NAME=FOLDER", help="exported erased pipelines"
     )
     parser.add_argument("--concept", default="pistol")
-    parser.add_argument("--anchor", default="banana")
+    parser.add_argument("--anchor", default="camera")
     parser.add_argument("--level", type=float, default=0.0, help="erasure of the baselines without --erased")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--finetuning-steps", type=int, default=80)

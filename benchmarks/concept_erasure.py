@@ -53,7 +53,7 @@ def sample_cost(case: Case, specs: list[UnitSpec], repeats: int) -> None:
         passes = (c.denoiser + c.backward) / case.steps
         print(
             f"grad_mode={kind}: {c.denoiser} forwards + {c.backward} backward passes = {passes:.2f} T, "
-            f"FLOPs {case.steps * c.flops / unit.flops / case.steps:.2f} T, "
+            f"FLOPs {c.flops / unit.flops:.2f} T, "
             f"CPU time {times.ratio(kind, 'forward')} T (bound {bound} T), peak {c.peak_bytes / 1e6:.1f} MB"
         )
 

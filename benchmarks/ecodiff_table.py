@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,21 +24,27 @@ COLUMNS = {
 }
 
 
-def spread(values: list[float]) -> str:
-    """Median, and the range when there are several values."""
-    text = f"{median(values):.3g}"
-    return text if len(values) == 1 else f"{text} ({min(values):.3g} to {max(values):.3g})"
+def spread(values: list[float], form: str = ".3g") -> str:
+    """Median, and the range when there are several values, each in the given format."""
+    text = f"{median(values):{form}}"
+    return text if len(values) == 1 else f"{text} ({min(values):{form}} to {max(values):{form}})"
+
+
+def grouped_runs(method: str, key: Callable[[dict[str, Any], Path], Any]) -> dict[Any, list[dict[str, Any]]]:
+    """Summaries of a method's runs in the folder on the command line, by backbone and ``key(summary, run folder)``."""
+    parser = argparse.ArgumentParser(description=f"table of {method} runs")
+    parser.add_argument("folder", type=Path, help="where to look for summary.json, at any depth")
+    groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for file in sorted(parser.parse_args().folder.rglob("summary.json")):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        if summary["method"] == method:
+            groups[summary["backbone"], key(summary, file.parent)].append(summary)
+    return groups
 
 
 def main() -> None:
     """Print the table as markdown."""
-    parser = argparse.ArgumentParser(description="table of EcoDiff runs")
-    parser.add_argument("folder", type=Path, help="where to look for summary.json, at any depth")
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for file in sorted(parser.parse_args().folder.rglob("summary.json")):
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        if summary["method"] == "ecodiff":
-            groups[summary["backbone"], round(summary["metrics"]["keep_params"], 2)].append(summary)
+    groups = grouped_runs("ecodiff", lambda summary, _: round(summary["metrics"]["keep_params"], 2))
     print("| backbone | kept | seeds |", " | ".join(COLUMNS), "| recognised, dense | ours |")
     print("|---" * (len(COLUMNS) + 5) + "|")
     for (backbone, keep), runs in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1])):

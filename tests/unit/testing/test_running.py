@@ -29,6 +29,6 @@ def test_a_task_whose_process_is_ended_by_a_signal_runs_once_more(tmp_path: Path
 
 @pytest.mark.ddp
 def test_a_second_end_is_an_error(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning), pytest.raises(BrokenProcessPool):
+    with pytest.warns(UserWarning, match="runs once more"), pytest.raises(BrokenProcessPool):
         on_two_ranks(_end_below, 2, tmp_path)
     assert on_two_ranks(_end_below, 0, tmp_path) == [0, 1], "the pool is usable afterwards"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
-from safelight.generators.encoders import decode_latent, reload_text_encoders, text_encoders
+from safelight.generators.encoders import decode_latent, encode_picture, reload_text_encoders, text_encoders
 from safelight.generators.rollout import Checkpoint as Checkpoint
 from safelight.generators.rollout import Conditioning as Conditioning
 from safelight.generators.rollout import Rollout
@@ -270,6 +270,24 @@ class Generator(Rollout):
         with torch.set_grad_enabled(grad):
             images = decode_latent(vae, self._spatial_latent(z))
         return images if grad else images.clamp(0, 1).to(self.latent_dtype)
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents of pictures: the mean that the VAE encodes them to, scaled as the denoiser sees latents.
+
+        Args:
+            pictures: ``(B, 3, height, width)`` in [-1, 1].
+
+        Returns:
+            ``(B, *latent_shape)`` in ``latent_dtype`` on the denoiser's device.
+
+        Raises:
+            SafelightError: If there is no VAE.
+        """
+        vae = getattr(self.pipeline, "vae", None)
+        if vae is None:
+            raise SafelightError("encode_pictures: this generator has no VAE; build it from a whole pipeline")
+        return self._pack(encode_picture(vae, pictures)).to(self.device, self.latent_dtype)
 
     def save(self, folder: str | Path, denoiser: nn.Module | None = None) -> None:
         """Write an ordinary diffusers folder, plus ``safelight.json`` with the sampling settings.

@@ -32,6 +32,41 @@ def reload_text_encoders(pipeline: Any, source: str, dtype: torch.dtype) -> None
         nn.Module.to(part, dtype=dtype).requires_grad_(False).eval()
 
 
+def _prepared(vae: Any, device: torch.device) -> torch.dtype:
+    """Bring a VAE to a device and to the type it computes in, which is returned."""
+    # The SDXL VAE overflows in float16.
+    dtype: torch.dtype = torch.float32 if vae.dtype == torch.float16 and vae.config.get("force_upcast") else vae.dtype
+    if vae.device != device or vae.dtype != dtype:
+        vae.to(device=device, dtype=dtype)
+    return dtype
+
+
+def _moments(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of the latents' channels, (1, C, 1, 1), where a VAE's configuration has them."""
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or std is None:
+        return None
+    return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
+
+
+def encode_picture(vae: Any, pictures: Tensor) -> Tensor:
+    """Encode to the mean of the latents and scale it; the inverse of :func:`decode_latent`.
+
+    Args:
+        vae: A diffusers ``AutoencoderKL`` or kin; moved to the pictures' device.
+        pictures: ``(B, 3, H, W)`` in [-1, 1].
+
+    Returns:
+        ``(B, C, h, w)`` as the denoiser sees it, before packing.
+    """
+    config = vae.config
+    latent: Tensor = vae.encode(pictures.to(_prepared(vae, pictures.device))).latent_dist.mode()
+    moments = _moments(vae, latent)
+    if moments is not None:
+        return (latent - moments[0]) / moments[1] * float(config.scaling_factor)
+    return (latent - (config.get("shift_factor") or 0.0)) * float(config.scaling_factor)
+
+
 def decode_latent(vae: Any, latent: Tensor) -> Tensor:
     """Undo the latent scaling and decode.
 
@@ -43,15 +78,9 @@ def decode_latent(vae: Any, latent: Tensor) -> Tensor:
         ``(B, 3, H, W)``, about 0 to 1, not clamped.
     """
     config = vae.config
-    # The SDXL VAE overflows in float16.
-    dtype = torch.float32 if vae.dtype == torch.float16 and config.get("force_upcast") else vae.dtype
-    if vae.device != latent.device or vae.dtype != dtype:
-        vae.to(device=latent.device, dtype=dtype)
-    latent = latent.to(dtype) / config.scaling_factor
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        latent = latent * latent.new_tensor(std).view(1, -1, 1, 1) + latent.new_tensor(mean).view(1, -1, 1, 1)
-    else:
-        latent = latent + (config.get("shift_factor") or 0.0)
+    latent = latent.to(_prepared(vae, latent.device)) / config.scaling_factor
+    moments = _moments(vae, latent)
+    shift = config.get("shift_factor") or 0.0
+    latent = latent + shift if moments is None else latent * moments[1] + moments[0]
     images: Tensor = vae.decode(latent, return_dict=False)[0]
     return images / 2 + 0.5

@@ -30,7 +30,8 @@ class SafelightModule(LightningModule):
             a whole; empty when the method is better copied (``trainer=ddp``). All that is trained must be below them.
         families: kinds of backbone it can use (``flux``, ``sd3``, ``unet``, ``dit``); empty when it does not say.
         metric_names: names that ``test_step`` logs, without the ``test/`` prefix.
-        control_names: baselines evaluated beside the method; logged as ``test/<control>/<metric>``.
+        control_names: baselines evaluated beside the method; logged as ``test/<control>/<metric>``. A method whose
+            baselines depend on its arguments sets it in the constructor.
         paper_numbers: the paper's figures by metric name, ``{"value": ..., "source": ...}``.
         monitor: what ``best.ckpt`` is chosen by, or None to keep only the last.
         monitor_mode: whether a smaller or a larger monitored value is better.
@@ -43,7 +44,7 @@ class SafelightModule(LightningModule):
     sharded: ClassVar[tuple[str, ...]] = ()
     families: ClassVar[tuple[str, ...]] = ()
     metric_names: ClassVar[tuple[str, ...]] = ()
-    control_names: ClassVar[tuple[str, ...]] = ()
+    control_names: tuple[str, ...] = ()
     paper_numbers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     monitor: ClassVar[str | None] = None
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"

@@ -42,3 +42,9 @@ def adamw_warmup_cosine(
     total = max(int(module.trainer.estimated_stepping_batches), 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, total))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def warmup_constant(optimizer: torch.optim.Optimizer, warmup_steps: int) -> OptimizerLRScheduler:
+    """An optimiser whose rate rises linearly over ``warmup_steps`` steps and stays; for ``configure_optimizers``."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup_steps, 1)))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from safelight.metrics.nudity import NudeNetDetector as NudeNetDetector
     from safelight.metrics.perceptual import ClipMaps as ClipMaps
     from safelight.metrics.perceptual import PerceptualDistance as PerceptualDistance
+    from safelight.metrics.safety import AnyJudge as AnyJudge
+    from safelight.metrics.safety import NudityJudge as NudityJudge
+    from safelight.metrics.safety import OpenNsfwJudge as OpenNsfwJudge
+    from safelight.metrics.safety import Q16Judge as Q16Judge
+    from safelight.metrics.safety import SafetyJudge as SafetyJudge
+    from safelight.metrics.safety import WordsJudge as WordsJudge
+    from safelight.metrics.safety import load_safety_judge as load_safety_judge
     from safelight.metrics.samples import SampleMean as SampleMean
     from safelight.metrics.samples import SampleRows as SampleRows
     from safelight.metrics.structure import SSIM as SSIM
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
     from safelight.metrics.zero_shot import ZeroShotDetector as ZeroShotDetector
 
 _HOME = {
-    "SSIM": "structure",
+    "AnyJudge": "safety",
     "ClipDetector": "detection",
     "ClipJudge": "clip",
     "ClipMaps": "perceptual",
@@ -41,14 +48,21 @@ _HOME = {
     "FeatureDistance": "distance",
     "LatentError": "latent",
     "NudeNetDetector": "nudity",
+    "NudityJudge": "safety",
+    "OpenNsfwJudge": "safety",
     "PerceptualDistance": "perceptual",
+    "Q16Judge": "safety",
+    "SSIM": "structure",
+    "SafetyJudge": "safety",
     "SampleMean": "samples",
     "SampleRows": "samples",
     "ShuffledAccuracy": "accuracy",
     "VlmDetector": "vlm",
+    "WordsJudge": "safety",
     "ZeroShotDetector": "zero_shot",
     "cost_report": "cost",
     "load_detector": "detection",
+    "load_safety_judge": "safety",
 }
 __all__ = sorted(_HOME)
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.reporting import charts, tables
+from safelight.reporting import charts, comparisons, tables
 from safelight.reporting.claims import Claim, write_claims
 from safelight.reporting.files import write_text
 from safelight.reporting.markup import inline, to_html
@@ -200,6 +200,32 @@ class Report:
     def add_bars(self, heading: str, rows: Sequence[tuple[str, float, float, str]], note: str = "") -> None:
         """Adds a kept-of-total bar per layer: rows ``(label, kept, total, group)``, one panel per group."""
         self._figure(heading, f'<div class="card">{charts.kept_bars(rows)}</div>', note)
+
+    def add_scatter(
+        self,
+        heading: str,
+        points: Mapping[str, tuple[float, float]],
+        x_label: str,
+        y_label: str,
+        *,
+        ours: Collection[str] = (),
+        note: str = "",
+    ) -> None:
+        """Adds named points ``{name: (x, y)}`` in a plane of two measures; those of ``ours`` are stressed."""
+        chart = comparisons.scatter_chart(points, x_label, y_label, ours=ours)
+        self._figure(heading, f'<div class="card plot">{chart}</div>', note)
+
+    def add_shares(
+        self,
+        heading: str,
+        names: Sequence[str],
+        rows: Sequence[tuple[str, Sequence[float]]],
+        x_label: str,
+        note: str = "",
+    ) -> None:
+        """Adds a column per row ``(label, shares)``, cut into the shares of the parties ``names``."""
+        chart = comparisons.share_columns(names, rows, x_label)
+        self._figure(heading, f'<div class="card plot">{chart}</div>', note)
 
     def add_claims(self, claims: Sequence[Claim], heading: str = "What this shows, and what it does not") -> None:
         """Adds a card per claim; :meth:`save` also writes them to ``claims.json``."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.generators import Conditioning, Generator, load_generator
+from safelight.generators.lora import add_lora, lora_parameters, lora_targets
 from safelight.generators.targets import DenseTargets, check_batch
 from safelight.lightning_modules.base import SafelightModule
-from safelight.lightning_modules.heal.lora import add_lora, lora_parameters, lora_targets
 from safelight.lightning_modules.heal.objective import denoising_loss, final_loss, step_loss
 from safelight.lightning_modules.randomness import normal, row_generator, step_generator, step_seed, uniform
 from safelight.lightning_modules.schedules import adamw_warmup_cosine

@@ -154,12 +154,10 @@ class TextToImage(SafelightModule):
         One picture at a time: the last bits depend on how many there are, and a resumed run, whose cache starts empty,
         meets a picture in other company than the uninterrupted run did.
         """
-        names, config = indices.tolist(), self.vae.config
+        names = indices.tolist()
         for row, name in enumerate(names):
             if name not in self._latents:
-                mean = self.vae.encode(images[row : row + 1].to(self.vae.dtype)).latent_dist.mode()
-                fresh = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
-                self._latents[name] = self.generator._pack(fresh)[0].to("cpu", self.generator.latent_dtype)
+                self._latents[name] = self.generator.encode_pictures(images[row : row + 1])[0].cpu()
         return torch.stack([self._latents[name] for name in names]).to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

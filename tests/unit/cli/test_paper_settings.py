@@ -229,7 +229,7 @@ NETWORKS = [
 def test_full_size_networks_have_what_the_settings_ask_for(method: str, backbone: str) -> None:
     """On the meta device: units of each kind that is to be pruned, layers wide enough for the adapters."""
     from safelight.generators import build_denoiser_on_meta
-    from safelight.lightning_modules.heal.lora import lora_targets
+    from safelight.generators.lora import lora_targets
     from safelight.masking import choose_groups, find_units
 
     settings, denoiser = (

@@ -91,7 +91,7 @@ def test_own_threshold_and_classes() -> None:
     assert detector.detect(_pictures(), "nudity").found.tolist() == [False, False, False, True]
     with pytest.raises(SafelightError, match=r"threshold=0\.1 is below 0\.2"):
         NudeNetDetector(threshold=0.1)
-    with pytest.raises(SafelightError, match="preset='mse', choose one of mce, mce_fixed, eraseflow"):
+    with pytest.raises(SafelightError, match="preset='mse', choose one of mce, mce_fixed, eraseflow, safety_dpo"):
         NudeNetDetector("mse")  # type: ignore[arg-type]
 
 

@@ -1,8 +1,9 @@
-"""Low-rank adapters on a pruned denoiser, through peft."""
+"""Low-rank adapters on a denoiser, through peft."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -48,7 +49,14 @@ def lora_targets(denoiser: nn.Module, names: Sequence[str] | None = None) -> lis
     return found
 
 
-def add_lora(denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: int | None, seed: int) -> PeftModel:
+def add_lora(
+    denoiser: nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: int | None,
+    seed: int,
+    names: Sequence[str] = ("default",),
+) -> PeftModel:
     """Put adapters into a denoiser in place: ``W x + alpha / rank * B A x`` with Gaussian A and B = 0.
 
     Args:
@@ -56,17 +64,27 @@ def add_lora(denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: int 
         targets: paths from :func:`lora_targets`.
         rank: of the update.
         alpha: its scale; None for ``rank``, as in the authors' runs.
-        seed: of the Gaussian start.
+        seed: of the Gaussian start, the same for every adapter.
+        names: of the adapters; the first is active.
 
     Returns:
-        The peft model around the denoiser. Only its adapters require gradients.
+        The peft model around the denoiser. Only its adapters require gradients, all of them.
     """
     config = LoraConfig(
         r=rank, lora_alpha=rank if alpha is None else alpha, init_lora_weights="gaussian", target_modules=list(targets)
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return get_peft_model(denoiser, config)
+    model: PeftModel | None = None
+    for name in names:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if model is None:
+                model = get_peft_model(denoiser, config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+    assert model is not None, "names is empty"
+    for parameter in lora_parameters(model).values():
+        parameter.requires_grad_(True)
+    return model
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -74,5 +92,26 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.removeprefix("base_model.model."): parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if ".lora_A." in name or ".lora_B." in name
     }
+
+
+@contextmanager
+def active_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
+    """Run the model with one of its adapters, or as it was before there were any; all stay trainable.
+
+    Args:
+        model: from :func:`add_lora`.
+        name: of the adapter; None for none.
+    """
+    try:
+        if name is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(name)
+            yield
+    finally:
+        # peft takes the gradients of all adapters but the active one, and of all while they are disabled.
+        for parameter in lora_parameters(model).values():
+            parameter.requires_grad_(True)

@@ -258,7 +258,8 @@ class CoProV2DataModule(LightningDataModule):
         file, test_file = self._files()
         everything = read_pairs(file, self.on_error)
         source = self._pictures(everything)
-        usable = [pair for pair in everything if self._has_pictures(pair, source)]
+        names = None if source is None else source.names()
+        usable = [pair for pair in everything if self._has_pictures(pair, names)]
         held_texts = {normalise(pair.unsafe) for pair in usable if _drawn(pair.pair_id) < self.held_out}
         held = [pair for pair in usable if normalise(pair.unsafe) in held_texts]
         chosen = [pair for pair in usable if normalise(pair.unsafe) not in held_texts]
@@ -266,7 +267,8 @@ class CoProV2DataModule(LightningDataModule):
             chosen = [pair for pair in chosen if set(pair.categories) & set(self.categories)]
         if self.pairs is not None:
             # By a number that belongs to the pair, so that a larger choice holds the smaller one.
-            chosen = sorted(sorted(chosen, key=lambda pair: _drawn(pair.pair_id))[: self.pairs], key=chosen.index)
+            kept = {pair.pair_id for pair in sorted(chosen, key=lambda pair: _drawn(pair.pair_id))[: self.pairs]}
+            chosen = [pair for pair in chosen if pair.pair_id in kept]
         if not chosen or not held:
             raise SafelightError(
                 f"data: {len(chosen)} pairs to train and {len(held)} held out of {len(everything)}; change "
@@ -313,10 +315,10 @@ class CoProV2DataModule(LightningDataModule):
             return hub_pictures(place, pairs, self.on_error)
         return open_pictures(place)
 
-    def _has_pictures(self, pair: PromptPair, source: PictureSource | None) -> bool:
-        if source is None:
+    def _has_pictures(self, pair: PromptPair, names: set[str] | None) -> bool:
+        if names is None:
             return True
-        missing = [name for name in (pair.image("safe"), pair.image("unsafe")) if name not in source.names()]
+        missing = [name for name in (pair.image("safe"), pair.image("unsafe")) if name not in names]
         if missing and self.on_error == "raise":
             raise SafelightError(
                 f"images: {self.images} has no {missing[0]}, which pair {pair.pair_id} of {self.csv} names; "

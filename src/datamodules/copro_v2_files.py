@@ -1,6 +1,6 @@
 """Files of CoProV2 (arXiv 2412.10493): prompt pairs in a CSV, pictures in a folder, or both as the hub stores them.
 
-The prompts are offensive by nature. No message here quotes them; places are given as file and row.
+The prompts are offensive by nature. No message here quotes a cell, which may be one; places are given as file and row.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _rows(file: Path, faults: Faults) -> list[tuple[int, str, str, str]]:
         if not (prompt or "").strip() or not (image or "").strip():
             faults.add(f"{file}, line {line}: prompt or image is empty")
         elif name is None:
-            faults.add(f"{file}, line {line}: category {category!r} is none of {', '.join(CATEGORIES.values())}")
+            faults.add(f"{file}, line {line}: the category is none of {', '.join(CATEGORIES.values())}")
         else:
             good.append((line, prompt.strip(), image.strip(), name))
     return good
@@ -163,9 +163,7 @@ def read_pairs(file: Path, on_error: OnError = "raise") -> list[PromptPair]:
     for line, prompt, image, category in rows:
         match = _IMAGE.fullmatch(image)
         if match is None:
-            faults.add(
-                f"{file}, line {line}: image {image!r} is not called u_idx_<number>_0.jpg or s_idx_<number>_0.jpg"
-            )
+            faults.add(f"{file}, line {line}: the image is not called u_idx_<number>_0.jpg or s_idx_<number>_0.jpg")
             continue
         kind, number = match[1], int(match[2])
         if prompts[kind].setdefault(number, prompt) != prompt:

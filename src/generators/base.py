@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
-from safelight.generators.encoders import decode_latent, encode_picture, reload_text_encoders, text_encoders
+from safelight.generators.encoders import (
+    decode_latent,
+    encode_picture,
+    forget_output_hooks,
+    reload_text_encoders,
+    text_encoders,
+)
 from safelight.generators.rollout import Checkpoint as Checkpoint
 from safelight.generators.rollout import Conditioning as Conditioning
 from safelight.generators.rollout import Rollout
@@ -179,6 +185,11 @@ class Generator(Rollout):
         other = copy.copy(self)
         other.denoiser = denoiser
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, by ``copy`` as well as by ``pickle``."""
+        forget_output_hooks(text_encoders(self.pipeline).values())
+        return self.__dict__
 
     # -- condition ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,6 +31,20 @@ def reload_text_encoders(pipeline: Any, source: str, dtype: torch.dtype) -> None
     for name, part in text_encoders(fresh).items():
         pipeline.register_modules(**{name: part})  # plain assignment would not enter it in the index
         nn.Module.to(part, dtype=dtype).requires_grad_(False).eval()
+
+
+def forget_output_hooks(encoders: Iterable[nn.Module]) -> None:
+    """Take away the hooks that transformers puts on an encoder when hidden states are first asked for.
+
+    They are functions made on the spot, which cannot be pickled; transformers makes new ones at the next call.
+    """
+    for encoder in encoders:
+        for module in encoder.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+                    del module._forward_hooks[key]
+            if getattr(module, "_output_capturing_hooks_installed", False):
+                del module._output_capturing_hooks_installed
 
 
 def _prepared(vae: Any, device: torch.device) -> torch.dtype:

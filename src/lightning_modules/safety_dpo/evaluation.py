@@ -15,7 +15,7 @@ from safelight.lightning_modules.randomness import row_generator, step_seed
 from safelight.lightning_modules.safety_dpo.adapters import Adapter, fused
 from safelight.lightning_modules.safety_dpo.batches import PreferenceBatch, read_batch
 from safelight.lightning_modules.safety_dpo.objective import PairErrors, implicit_accuracy, reward_margin
-from safelight.lightning_modules.safety_dpo.pairs import noise_pairs, pair_errors
+from safelight.lightning_modules.safety_dpo.pairs import PairLatents, noise_pairs, pair_errors
 from safelight.metrics import ClipJudge, SafetyJudge, SampleRows
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class Evaluation:
             raise SafelightError("test data: give two loaders, unsafe prompts and held-out pairs")
         self.captions = sorted({str(sample["prompt_w"]) for sample in loaders[1].dataset})
         self._size = len(loaders[0].dataset)
+        # Not the module's own, which knows training rows by the same numbers.
+        self._latents = PairLatents(module.generator, module.hparams.targets_folder)
         self.prompts: list[Prompts] = []
         self.pairs: list[TestPairs] = []
 
@@ -95,7 +97,7 @@ class Evaluation:
         if "caption_kind" not in batch or "prompt_w" not in batch:
             raise SafelightError(f"test batch: held-out pairs need caption_kind and prompt_w, got {sorted(batch)}")
         safe = torch.tensor([kind == "safe" for kind in batch["caption_kind"]])
-        self.pairs.append(TestPairs(rows, safe, self.module.latents(rows)))
+        self.pairs.append(TestPairs(rows, safe, self._latents(rows)))
 
     @torch.no_grad()
     def measure(self, adapter: Adapter | None) -> Measured:

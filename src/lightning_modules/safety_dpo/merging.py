@@ -257,7 +257,7 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
         # B A = Q_b (R_b R_a^T) Q_a^T: the decomposition is of a small matrix, not of the whole weight.
         q_b, r_b = torch.linalg.qr(pair.b)
         q_a, r_a = torch.linalg.qr(pair.a.T)
-        u, s, v = torch.linalg.svd(r_b @ r_a.T)
+        u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         root = s[:rank].sqrt()
         cut[path] = LowRank(root.unsqueeze(1) * (v[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root)
         lost += float(s[rank:].double().square().sum())

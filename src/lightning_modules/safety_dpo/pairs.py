@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.errors import SafelightError
 from safelight.generators import Conditioning, Generator
@@ -72,7 +72,7 @@ def noise_pairs(
     return NoisedPairs(torch.cat(noisy), torch.cat(target), timestep.repeat(2), kept)
 
 
-class PairLatents(nn.Module):
+class PairLatents:
     """Latents of both pictures, computed on first sight of a row and kept on the CPU.
 
     One picture at a time: the last bits depend on how many there are, and a resumed run, whose cache starts empty,
@@ -84,12 +84,11 @@ class PairLatents(nn.Module):
     """
 
     def __init__(self, generator: Generator, folder: str | None = None) -> None:
-        super().__init__()
         self.generator = generator
         self.drawn = DenseTargets(generator, folder)
         self._known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Latents of the safe and of the unsafe pictures, (B, ...) each."""
         if batch.pixels is None:
             return self._draw(batch.prompts[0], batch.seeds), self._draw(batch.prompts[1], batch.seeds)
@@ -121,8 +120,8 @@ class PairLatents(nn.Module):
         wanted = (self.generator.height, self.generator.width)
         if tuple(pixels.shape[-2:]) != wanted:
             raise SafelightError(
-                f"batch: pictures of {tuple(pixels.shape[-2:])} pixels for a backbone of {wanted}; set data.image_size, "
-                "or backbone.height and backbone.width"
+                f"batch: pictures of {tuple(pixels.shape[-2:])} pixels for a backbone of {wanted}; "
+                "set data.image_size, or backbone.height and backbone.width"
             )
 
 

@@ -101,10 +101,10 @@ def fill(module: SafetyDPO, report: Report) -> None:
         "Before, after, and the controls",
         list(rows[0]),
         [list(row.values()) for row in rows],
-        note=f"{prompts} unsafe test prompts, one picture each. Content: {_pair_count(module)} safe prompts of held-out "
-        "pairs, whose caption has to win against nine others; safe counterpart: the same caption for the picture of the "
-        "unsafe prompt. Implicit accuracy near 1 proves nothing: it is reached long before a "
-        "picture changes.",
+        note=f"{prompts} unsafe test prompts, one picture each. Content: {_pair_count(module)} safe prompts of "
+        "held-out pairs, whose caption has to win against nine others; safe counterpart: the same caption for the "
+        "picture of the unsafe prompt. Implicit accuracy near 1 proves nothing: it is reached long before a picture "
+        "changes.",
         controls=controls,
         ours=[label(module, "")],
         better={

@@ -65,6 +65,13 @@ _SMALL |= {"method.grad_mode": "none", "method.finetune_steps": 80, "method.fine
 _REFINED = {"method.refine_beta": 25.0, "method.refine_off_weight": 2.2}
 ERASURE["tiny_sdxl"] = _SMALL | _REFINED | {"trainer.max_steps": 160}
 ERASURE["tiny_flux"] = _SMALL | {"method.groups": ["ff", "norm", "norm1", "single_mlp"]}
+# SafetyDPO: the authors' two launchers. The guard and its control are ours, and so is tiny_sdxl.
+_LAUNCHER = {"method.guard": None, "method.control": False, "method.lr": 1e-5, "data.held_out": 0.02}
+_LAUNCHER |= {"data.batch_size": 4, "trainer.accumulate_grad_batches": 4}
+PREFERENCE: dict[str, dict[str, Any]] = {
+    "sd15": _LAUNCHER | {"method.scale_lr": True, "method.warmup_steps": 500, "data.image_size": 512},
+    "sdxl": _LAUNCHER | {"method.optimizer": "adafactor", "data.image_size": 1024, "trainer.gradient_clip_val": None},
+}
 
 
 def tuned(name: str) -> dict[str, Any]:
@@ -72,6 +79,8 @@ def tuned(name: str) -> dict[str, Any]:
     method, _, backbone = name.partition("-")
     if method == "concept_erasure":
         return ERASURE[backbone]
+    if method == "safety_dpo":
+        return PREFERENCE[backbone]
     if method == "heal":
         rank, lr, batch, accumulated, steps = LORA[backbone]
         expected = {
@@ -109,7 +118,7 @@ def test_tuned_settings_are_the_published_ones(name: str) -> None:
 
 
 def test_every_published_pair_is_tuned() -> None:
-    tables = {"ecodiff": GATES, "heal": LORA, "concept_erasure": ERASURE}
+    tables = {"ecodiff": GATES, "heal": LORA, "concept_erasure": ERASURE, "safety_dpo": PREFERENCE}
     assert set(options("tuned")) == {f"{method}-{name}" for method, table in tables.items() for name in table}
 
 
@@ -157,6 +166,10 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
         percent = int(name.rpartition("_")[2])
         backbone, keep, quoted = "sdxl", 1 - percent / 100, dict(zip(FIGURES, UNHEALED[percent], strict=False))
         settings = pruning(backbone, keep, 44, 50)
+    elif name == "safety_dpo_merge":
+        kinds = ["violence", "illegal", "shocking"]
+        names = {"method.experts": [*kinds, "all"], "data.experts": [*kinds, "all"], "data.categories": kinds}
+        return "safety_dpo", "tiny_sdxl", {"method.control": False, **names}, {}
     else:
         backbone = name.removeprefix("ecodiff_readme_")
         settings = {"seed": 0, "method.keep": 0.8, "data.size": 120, "data.test_size": 96, "data.batch_size": 8}
@@ -182,8 +195,9 @@ def readme_row(backbone: str) -> dict[str, float]:
 def test_an_experiment_is_what_was_published(name: str) -> None:
     method, backbone, settings, figures = experiment(name)
     content = read(f"experiment/{name}")
-    paper = content.pop("paper")
-    assert chosen(f"experiment/{name}") == {"method": method, "backbone": backbone, "data": "prompts"}
+    paper = content.pop("paper", {})
+    data = {} if method == "safety_dpo" else {"data": "prompts"}
+    assert chosen(f"experiment/{name}") == {"method": method, "backbone": backbone} | data
     assert flat(content) == settings
     assert {key: (entry["value"], entry.get("measured", True)) for key, entry in paper.items()} == {
         key: (pytest.approx(value), measured) for key, (value, measured) in figures.items()
@@ -198,12 +212,15 @@ def test_an_experiment_is_what_was_published(name: str) -> None:
     published = tuned(f"{method}-{backbone}") if f"{method}-{backbone}" in options("tuned") else {}
     assert (published | settings).items() <= flat(config).items()
     # What is typed wins.
-    assert compose([f"experiment={name}", "method.keep=0.9"])["method"]["keep"] == 0.9
+    typed = "rank" if method == "safety_dpo" else "keep"
+    assert compose([f"experiment={name}", f"method.{typed}=0.9"])["method"][typed] == 0.9
 
 
 def test_every_published_row_has_its_file() -> None:
     rows = {*MAIN, *(f"ecodiff_healing_sdxl_{percent}" for percent in UNHEALED), "ecodiff_healing_sdxl_50_lora"}
-    assert set(options("experiment")) == rows | {"ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl"}
+    assert set(options("experiment")) == rows | {
+        "ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl", "safety_dpo_merge"
+    }  # fmt: skip
 
 
 def test_the_size_of_the_published_masks_is_ours() -> None:
@@ -240,6 +257,10 @@ def test_full_size_networks_have_what_the_settings_ask_for(method: str, backbone
         shapes = [denoiser.get_submodule(path).weight.shape for path in lora_targets(denoiser, None)]
         assert len(shapes) > 100
         assert settings["rank"] < min(map(min, shapes))
+    elif method == "safety_dpo":
+        paths = lora_targets(denoiser, ["to_q", "to_k", "to_v", "to_out.0"])
+        sizes = [sum(denoiser.get_submodule(path).weight.shape) * 4 for path in paths]
+        assert (len(paths), sum(sizes)) == {"sd15": (128, 797_184), "sdxl": (560, 5_806_080)}[backbone]
     elif method == "concept_erasure":
         groups = choose_groups("flux", settings.get("groups"))
         assert {name: len(group.find(denoiser, name)) for name, group in groups.items()} == {"ff": 38, "norm": 19}

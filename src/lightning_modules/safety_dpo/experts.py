@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from safelight.errors import SafelightError
-from safelight.generators.lora import active_adapter
+from safelight.generators import Generator
 from safelight.lightning_modules.randomness import row_generator, step_seed
 from safelight.lightning_modules.safety_dpo.adapters import Adapter
 from safelight.lightning_modules.safety_dpo.batches import read_batch
@@ -18,6 +18,7 @@ from safelight.lightning_modules.safety_dpo.merging import (
     CoMergeStatistics,
     Listener,
     Mode,
+    Score,
     co_merge,
     compress,
     peft_merge,
@@ -25,7 +26,7 @@ from safelight.lightning_modules.safety_dpo.merging import (
     rows_of_owners,
     weighted_sum,
 )
-from safelight.lightning_modules.safety_dpo.pairs import noise_pairs
+from safelight.lightning_modules.safety_dpo.pairs import PairLatents, noise_pairs, predict
 
 if TYPE_CHECKING:
     from safelight.lightning_modules.safety_dpo.module import SafetyDPO
@@ -35,37 +36,50 @@ _CALIBRATION_STEP = 1_000_000
 
 
 @torch.no_grad()
-def calibrated(module: SafetyDPO, batches: Any) -> CoMergeStatistics:
-    """Statistics of a module's experts on noised unsafe pictures at uniform times, with all adapters off.
+def calibrate(
+    generator: Generator,
+    experts: Mapping[str, Adapter],
+    batches: Iterable[Any],
+    *,
+    rows: int = 64,
+    score: Score = "wins",
+    seed: int = 0,
+    latents: PairLatents | None = None,
+) -> CoMergeStatistics:
+    """Statistics of experts on noised unsafe pictures at uniform times.
 
-    Off, so that all experts are scored on the same inputs.
+    All experts are scored on the same inputs, those that the layers of the network without any adapter receive.
 
     Args:
-        module: its ``calibration_rows`` says how many rows count.
-        batches: as in training.
+        generator: its denoiser is plain, or its adapters are switched off.
+        experts: adapters of one shape.
+        batches: as SafetyDPO is trained on, without ``expert``.
+        rows: the so many first rows count.
+        score: of :class:`CoMergeStatistics`.
+        seed: of noises and times.
+        latents: a cache to use.
 
     Raises:
         SafelightError: there are no batches.
     """
-    statistics = CoMergeStatistics(module.experts(), module.hparams.merge_score).to(module.device)
-    left = module.hparams.calibration_rows
-    start = step_seed(module.hparams.seed, _CALIBRATION_STEP)
-    with Listener(module.generator.denoiser, statistics), active_adapter(module.peft_model, None):
+    statistics = CoMergeStatistics(experts, score).to(generator.device)
+    latents = PairLatents(generator) if latents is None else latents
+    left, start = rows, step_seed(seed, _CALIBRATION_STEP)
+    with Listener(generator.denoiser, statistics):
         for batch in batches:
-            rows = read_batch(batch)
-            count = min(left, len(rows))
-            winner, loser = module.latents(rows)
-            streams = [row_generator(start, number) for number in rows.index[:count]]
-            pairs = noise_pairs(module.generator, winner[:count], loser[:count], rows.captions[:count], streams, 0.0)
-            cond = module.prompts.conditioning(pairs.captions)
-            unsafe = {key: value for key, value in cond.items() if not key.startswith("negative_")}
-            dtype = module.generator.dtype
-            cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in unsafe.items()}
-            module.generator.denoise(pairs.noisy[count:].to(dtype), pairs.timestep[count:], cast)
+            found = read_batch(batch)
+            count = min(left, len(found))
+            winner, loser = latents(found)
+            streams = [row_generator(start, number) for number in found.index[:count]]
+            pairs = noise_pairs(generator, winner[:count], loser[:count], found.captions[:count], streams, 0.0)
+            unsafe = pairs._replace(
+                noisy=pairs.noisy[count:], target=pairs.target[count:], timestep=pairs.timestep[count:]
+            )
+            predict(generator, unsafe, generator.encode(pairs.captions))
             left -= count
             if left <= 0:
                 break
-    if left == module.hparams.calibration_rows:
+    if left == rows:
         raise SafelightError("merging: no rows to calibrate on")
     return statistics
 

@@ -24,7 +24,7 @@ from safelight.lightning_modules.randomness import row_generator, row_generators
 from safelight.lightning_modules.safety_dpo.adapters import Adapter, fused, read_adapter
 from safelight.lightning_modules.safety_dpo.batches import PreferenceBatch, read_batch, read_test_prompts
 from safelight.lightning_modules.safety_dpo.evaluation import Evaluation, Measured
-from safelight.lightning_modules.safety_dpo.experts import Merges, calibrated
+from safelight.lightning_modules.safety_dpo.experts import Merges, calibrate
 from safelight.lightning_modules.safety_dpo.merging import CoMergeStatistics, Mode, Score, co_merge, compress
 from safelight.lightning_modules.safety_dpo.objective import (
     LossType,
@@ -343,7 +343,12 @@ class SafetyDPO(SafelightModule):
         Args:
             batches: as in training, without ``expert``; the first ``calibration_rows`` rows count.
         """
-        self.statistics = calibrated(self, batches)
+        hparams = self.hparams
+        with active_adapter(self.peft_model, None):
+            self.statistics = calibrate(
+                self.generator, self.experts(), batches, rows=hparams.calibration_rows, score=hparams.merge_score,
+                seed=hparams.seed, latents=self.latents,
+            )  # fmt: skip
         return self.statistics
 
     def merged(self) -> Adapter:

@@ -125,6 +125,20 @@ class PairLatents:
             )
 
 
+def predict(generator: Generator, pairs: NoisedPairs, cond: Conditioning) -> Tensor:
+    """What the generator's network, as it stands, predicts for all rows of ``noisy``.
+
+    Args:
+        generator: whose network is asked, without guidance.
+        pairs: N noised latents.
+        cond: N rows.
+    """
+    dtype = generator.dtype
+    own = {key: value for key, value in cond.items() if not key.startswith("negative_")}
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in own.items()}
+    return generator.denoise(pairs.noisy.to(dtype), pairs.timestep, cast)
+
+
 def pair_errors(generator: Generator, pairs: NoisedPairs, cond: Conditioning) -> tuple[PairErrors, Tensor]:
     """Errors of the generator's network, as it stands, on both pictures; and its residuals, (2B, ...).
 
@@ -133,8 +147,6 @@ def pair_errors(generator: Generator, pairs: NoisedPairs, cond: Conditioning) ->
         pairs: B pairs.
         cond: of their captions, B rows.
     """
-    wide = {key: torch.cat([value, value]) for key, value in cond.items() if not key.startswith("negative_")}
-    cast = {key: value.to(generator.dtype) if value.is_floating_point() else value for key, value in wide.items()}
-    prediction = generator.denoise(pairs.noisy.to(generator.dtype), pairs.timestep, cast)
+    prediction = predict(generator, pairs, {key: torch.cat([value, value]) for key, value in cond.items()})
     winner, loser = squared_errors(prediction, pairs.target).chunk(2)
     return PairErrors(winner, loser), prediction.detach() - pairs.target

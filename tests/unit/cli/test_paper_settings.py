@@ -66,7 +66,7 @@ _REFINED = {"method.refine_beta": 25.0, "method.refine_off_weight": 2.2}
 ERASURE["tiny_sdxl"] = _SMALL | _REFINED | {"trainer.max_steps": 160}
 ERASURE["tiny_flux"] = _SMALL | {"method.groups": ["ff", "norm", "norm1", "single_mlp"]}
 # SafetyDPO: the authors' two launchers. The guard and its control are ours, and so is tiny_sdxl.
-_LAUNCHER = {"method.guard": None, "method.control": False, "method.lr": 1e-5, "data.held_out": 0.02}
+_LAUNCHER = {"method.guard": None, "method.control": False, "method.lr": 1e-5}
 _LAUNCHER |= {"data.batch_size": 4, "trainer.accumulate_grad_batches": 4}
 PREFERENCE: dict[str, dict[str, Any]] = {
     "sd15": _LAUNCHER | {"method.scale_lr": True, "method.warmup_steps": 500, "data.image_size": 512},

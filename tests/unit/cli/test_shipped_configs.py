@@ -93,6 +93,10 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "concept_erasure": ("ConceptErasure", {"backbone": "tiny_flux", "data": "concepts"}, {"trainer.max_steps": 180}),
     "ecodiff": ("EcoDiff", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 100}),
     "heal": ("Heal", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 200}),
+    "safety_dpo": (
+        "SafetyDPO", {"backbone": "tiny_sdxl", "data": "copro_v2"},
+        {"trainer.max_steps": 2000, "trainer.gradient_clip_val": 1.0},
+    ),
     "text_to_image": (
         "TextToImage", {"backbone": "tiny_flux", "data": "emoji"},
         {"trainer.max_steps": 200, "trainer.gradient_clip_val": 1.0, "trainer.limit_val_batches": 0},
@@ -122,6 +126,7 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
         "ConceptDataModule",
         {"concept": "pistol", "source": "emoji", "groups": 120, "retain_neighbours": True},
     ),
+    "copro_v2": ("CoProV2DataModule", {"csv": "zoo:copro_mini", "images": "zoo:copro_mini", "batch_size": 8}),
     "emoji": ("EmojiDataModule", {"batch_size": 64}),
     "prompts": ("PromptDataModule", {"source": "emoji"}),
 }

@@ -18,8 +18,8 @@ from zoo_toys import Losses
 
 from safelight.errors import SafelightError
 from safelight.generators import Generator, generator_for
-from safelight.lightning_modules import Heal
 from safelight.generators.lora import lora_targets
+from safelight.lightning_modules import Heal
 from safelight.lightning_modules.heal.objective import denoising_loss, step_loss
 from safelight.lightning_modules.randomness import row_generator, step_generator, step_seed
 from safelight.masking import find_units, remove

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ assert any("lora_A" in name and value.std() > 0 for name, value in pipeline.unet
 """
     equivalence_precision = "64-true"
     # One noise and one time for each row, so that there is something to fit.
-    overfit_changes = {"noise_draws": 1, "prompt_dropout": 0.0}
+    overfit_changes: ClassVar[dict[str, Any]] = {"noise_draws": 1, "prompt_dropout": 0.0}
 
     def overrides(self) -> list[str]:
         folder = pipeline_folder("unet_sdxl")
@@ -453,13 +453,13 @@ def test_bad_batches(change: dict[str, Any], message: str) -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(SafelightError, match="'self.harm' cannot be a name"):
+    with pytest.raises(SafelightError, match=r"'self\.harm' cannot be a name"):
         tiny(experts=["self.harm", "violence"])
     with pytest.raises(SafelightError, match="no row for the expert 'hate'"):
         fit(tiny(experts=["hate", "violence"]), 1, loader(experts=["violence"]))
+    module = tiny(control=False)
+    module.generator.configure(height=32)
     with pytest.raises(SafelightError, match=r"pictures of \(16, 16\) pixels for a backbone"):
-        module = tiny(control=False)
-        module.generator.configure(height=32)
         fit(module, 1)
     with pytest.raises(SafelightError, match="give two loaders"):
         trainer().test(tiny(control=False), held_out()[0], verbose=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ RANK, WIDTHS = 3, {"first": (6, 8), "second": (8, 5)}
 class Net(nn.Module):
     """Two linear layers, the second on what the first gives."""
 
-    config: dict[str, Any] = {}
+    config: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +198,7 @@ def test_compressing_is_the_truncated_svd_with_its_error() -> None:
 
 
 @pytest.fixture
-def in_peft() -> Iterator[Any]:
+def in_peft() -> Any:
     """The three experts inside one peft model."""
     model = add_lora(Net(), list(WIDTHS), RANK, None, 0, list(THREE))
     with torch.no_grad():
@@ -208,7 +207,7 @@ def in_peft() -> Iterator[Any]:
                 layer: Any = model.base_model.model.get_submodule(path)
                 layer.lora_A[name].weight.data = pair.a.clone()
                 layer.lora_B[name].weight.data = pair.b.clone()
-    yield model
+    return model
 
 
 def test_peft_merges_compute_what_the_table_says(in_peft: Any) -> None:

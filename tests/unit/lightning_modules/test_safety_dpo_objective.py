@@ -41,10 +41,8 @@ def test_an_untrained_network_has_no_margin_and_a_loss_of_ln_2() -> None:
 
 def test_the_margin_is_that_of_the_paper() -> None:
     policy, reference = errors(0), errors(2)
-    wanted = [
-        -(BETA / 2) * ((w - l) - (rw - rl))
-        for w, l, rw, rl in zip(*(value.tolist() for value in (*policy, *reference)), strict=True)
-    ]
+    columns = [value.tolist() for value in (*policy, *reference)]
+    wanted = [-(BETA / 2) * ((a - b) - (c - d)) for a, b, c, d in zip(*columns, strict=True)]
     assert reward_margin(policy, reference, BETA).tolist() == pytest.approx(wanted)
     rewards = implicit_rewards(policy, reference, BETA)
     assert (rewards.winner - rewards.loser).tolist() == pytest.approx(wanted)
@@ -78,7 +76,7 @@ def test_other_losses(kind: LossType, formula: object) -> None:
 
 
 def test_gradient_at_the_prediction() -> None:
-    """(beta / 2) * sigmoid(-h) * 2 * (prediction - target) / elements, downhill for the winner, uphill for the loser."""
+    """beta / 2 * sigmoid(-h) * 2 * (prediction - target) / elements for the winner, minus that for the loser."""
     target = numbers(2, 3, 4, seed=1)
     prediction = (target + numbers(2, 3, 4, seed=2) / 100).requires_grad_(True)
     reference = PairErrors(torch.tensor([1e-4], dtype=torch.float64), torch.tensor([2e-4], dtype=torch.float64))
@@ -111,7 +109,7 @@ def test_guard_is_the_formula() -> None:
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 0.9])
 def test_a_small_guarded_step_does_not_raise_the_winners_error(mu: float) -> None:
-    """On predictions that share all parameters the guard leaves the winner mu of its own progress, and no guard less."""
+    """Where predictions share all parameters the guard leaves the winner mu of its own progress, and no guard less."""
     target = torch.zeros(1, 8, dtype=torch.float64)
     shared = numbers(1, 8, seed=5)
     # The loser's residual points the same way and is larger: plain descent makes the winner worse.

@@ -4,8 +4,8 @@
 
 The floor of a step is counted in forwards of the network on all rows: 1 for the policy, about 1 for its backward pass
 (gradients of activations, of no frozen weight), and 1 for the reference. Switching the adapters off saves the
-reference's weights, not its forward; keeping its errors on fixed draws saves the forward from the second visit on. Time:
-all variants take turns in one process. Memory: each runs in a process of its own, whose peak resident size is read.
+reference's weights, not its forward; keeping its errors on fixed draws saves the forward from the second visit on.
+Time: all variants take turns in one process. Memory: each runs in a process of its own, whose peak size is read.
 """
 
 from __future__ import annotations

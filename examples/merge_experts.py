@@ -1,6 +1,6 @@
 """Merge safety experts that were trained in runs of their own into one adapter, and say who owns how much of it.
 
-python examples/merge_experts.py runs/hate/export runs/violence/export --backbone sd15 --csv CoProv2_train.csv --images DIR
+python examples/merge_experts.py runs/hate/export runs/violence/export --backbone sd15 --csv train.csv --images DIR
 """
 
 import argparse
@@ -30,9 +30,7 @@ for folder in given.exports:
     experts[folder.parent.name if folder.name == "export" else folder.name] = adapter
     starts.add(about.get("lora_seed"))
 if len(starts) > 1:
-    print(
-        f"the experts started from different seeds {sorted(map(str, starts))}: only whole rows of the change can be mixed"
-    )
+    print(f"the experts started from different seeds ({', '.join(sorted(map(str, starts)))}); whole rows still mix")
 
 generator = load_generator(given.backbone)
 data = CoProV2DataModule(csv=given.csv, images=given.images, image_size=generator.height, shared_flip=False)

@@ -139,12 +139,12 @@ def _shown(module: SafetyDPO) -> list[str]:
 def _grids(module: SafetyDPO, report: Report) -> None:
     headings = {"unsafe": "Unsafe prompts: the same noise through every model", "safe": "Safe prompts: what must stay"}
     for kind, heading in headings.items():
-        columns = [module.measured[name].pictures[kind] for name in _shown(module)]
-        if columns and columns[0]:
+        rows = [module.measured[name].pictures[kind][: PICTURES[kind]] for name in _shown(module)]
+        if rows and rows[0]:
             report.add_grid(
                 heading,
-                [[column[row] for column in columns] for row in range(min(len(columns[0]), PICTURES[kind]))],
-                column_labels=[label(module, name) for name in _shown(module)],
+                rows,
+                row_labels=[label(module, name) for name in _shown(module)],
                 caption="Prompts and noises that training never saw; the prompts themselves are not printed.",
             )
 

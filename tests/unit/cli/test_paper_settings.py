@@ -71,7 +71,11 @@ _LAUNCHER |= {"data.batch_size": 4, "trainer.accumulate_grad_batches": 4}
 PREFERENCE: dict[str, dict[str, Any]] = {
     "sd15": _LAUNCHER | {"method.scale_lr": True, "method.warmup_steps": 500, "data.image_size": 512},
     "sdxl": _LAUNCHER | {"method.optimizer": "adafactor", "data.image_size": 1024, "trainer.gradient_clip_val": None},
-}
+    "tiny_sdxl": {
+        "method.beta": 100.0, "method.guard": 0.9, "method.lr": 1e-2, "data.held_out": 0.08, "data.shared_flip": False,
+        "data.test_size": 78, "trainer.max_steps": 100,
+    },
+}  # fmt: skip
 
 
 def tuned(name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -14,8 +14,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from safelight import zoo
+from safelight.datamodules.copro_v2_categories import ALL, expert_names, known_categories
 from safelight.datamodules.copro_v2_files import (
-    CATEGORIES,
     OnError,
     PromptPair,
     TestPrompt,
@@ -31,9 +31,6 @@ from safelight.datamodules.pictures import PictureSource, open_pictures, picture
 from safelight.errors import SafelightError
 
 Strategy = Literal["both", "unsafe_only", "safe_only"]
-ALL = "all"
-"""Name of the expert that is trained on every category."""
-
 # Noise seeds of pictures that the backbone draws itself, and of test pictures; no training picture shares a test noise.
 _PICTURE_SEEDS, _TEST_SEEDS = 2_000_000_000, 1_000_000_000
 _KINDS: dict[Strategy, tuple[Literal["unsafe", "safe"], ...]] = {
@@ -203,6 +200,9 @@ class CoProV2DataModule(LightningDataModule):
         num_workers: loader processes.
         seed: order of the rows and noises of the tests.
     """
+
+    early_check: ClassVar[str] = "safelight.datamodules.copro_v2_categories.unknown_categories"
+    """What looks at the categories before torch is imported."""
 
     def __init__(
         self,
@@ -389,35 +389,3 @@ def spread_pairs(pairs: Sequence[PromptPair], categories: Sequence[str]) -> list
         for pair in row:
             found[pair.pair_id] = pair
     return list(found.values())
-
-
-def known_categories(argument: str, names: Sequence[str] | None) -> list[str] | None:
-    """The names, each in our spelling.
-
-    Raises:
-        SafelightError: one is unknown, or there is none.
-    """
-    if names is None:
-        return None
-    found = list(dict.fromkeys(names))
-    unknown = [name for name in found if name not in CATEGORIES]
-    if unknown or not found:
-        import difflib
-
-        near = difflib.get_close_matches(unknown[0], CATEGORIES, n=1) if unknown else []
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise SafelightError(f"data.{argument}={list(names)}: choose from {', '.join(CATEGORIES)}{hint}")
-    return found
-
-
-def expert_names(experts: str | Sequence[str]) -> list[str]:
-    """Names of the experts to train: ``all`` by itself stands for one of each category.
-
-    Raises:
-        SafelightError: a name is neither a category nor ``all``.
-    """
-    names = [experts] if isinstance(experts, str) else list(experts)
-    if names == [ALL]:
-        return list(CATEGORIES)
-    known_categories("experts", [name for name in names if name != ALL] or list(CATEGORIES))
-    return list(dict.fromkeys(names))

@@ -14,21 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from safelight.datamodules.copro_v2_categories import CATEGORIES
 from safelight.datamodules.pictures import ParquetPictures, open_parquet
 from safelight.errors import SafelightError
 
 OnError = Literal["raise", "skip"]
-
-CATEGORIES = {
-    "hate": "Hate",
-    "harassment": "Harrasment",
-    "violence": "Violence",
-    "self_harm": "self-harm",
-    "sexual": "sexual",
-    "shocking": "Shocking",
-    "illegal": "Illegal Activity",
-}
-"""Our names and the spellings of the files."""
 
 RELEASED_ROWS, RELEASED_PAIRS = 32_086, 15_690
 RELEASED = {

@@ -87,6 +87,8 @@ TYPED: list[tuple[list[str], list[str]]] = [
     (["method=toy", "data=concepts", "data.kind=objekt"], ["'objekt'", "did you mean object"]),
     (["method=toy", "data=concepts", "data.anchor={pistol:3}"], ["{pistol: 3}", "a mapping to text"]),
     (["method=toy", "data=concepts", "data.concept=pistl"], ["'pistl'", "did you mean 'pistol'"]),
+    (["method=toy", "data=copro_v2", "data.categories=[violense]"], ["'violense'", "did you mean 'violence'"]),
+    (["method=toy", "data=copro_v2", "data.experts=[hate,al]"], ["'al'", "did you mean 'all'"]),
     (["method=toy", "data=concepts", "data.anchor={pistol:cammera}"], ["'cammera'", "did you mean 'camera'"]),
     (["method=toy", "data=concepts", "data.neighbours=[foox]"], ["'foox'", "data.neighbours=[fox]"]),
     (["method=toy", "data=concepts", "data.filter_ratio=0"], ["is 0", "> 0 and <= 1"]),

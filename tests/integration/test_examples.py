@@ -105,6 +105,35 @@ def test_merged_erasures_switch_off_what_either_does(tmp_path: Path) -> None:
     assert load_masks(tmp_path / "panda" / "masks")[1] == {"backbone": "tiny_flux"}
 
 
+def test_merged_experts_own_all_rows_between_them(tmp_path: Path) -> None:
+    from safelight.generators import load_generator
+    from safelight.generators.lora import lora_targets
+    from safelight.lightning_modules.safety_dpo.adapters import LowRank, load_adapter, save_adapter
+
+    denoiser = load_generator("tiny_sdxl").denoiser
+    paths = lora_targets(denoiser, ["to_q", "to_out.0"])
+    draw = torch.Generator().manual_seed(0)
+    experts = {}
+    for number, name in enumerate(("loud", "quiet")):
+        experts[name] = {}
+        for path in paths:
+            out, wide = denoiser.get_submodule(path).weight.shape
+            b = torch.randn(out, 2, generator=draw) / 100 ** (1 + number)
+            experts[name][path] = LowRank(torch.randn(2, wide, generator=draw), b)
+        save_adapter(tmp_path / name / "export", experts[name], "unet", {"lora_seed": number})
+    output = run(
+        tmp_path, str(EXAMPLES / "merge_experts.py"), "loud/export", "quiet/export", "--rows", "2", "--out", "both"
+    )
+    assert "started from different seeds (0, 1)" in output
+    shares = {line.split()[0]: int(line.split()[2].rstrip("%")) for line in output.splitlines() if " owns " in line}
+    assert shares["loud"] > 90
+    assert sum(shares.values()) == 100
+    merged, about = load_adapter(tmp_path / "both")
+    assert about["experts"] == ["loud", "quiet"]
+    delta, own = merged[paths[0]].delta, torch.stack([experts[name][paths[0]].delta for name in experts])
+    assert all(any(torch.allclose(row, mine, atol=1e-6) for mine in own[:, i]) for i, row in enumerate(delta))
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plug-in as an installer leaves it."""

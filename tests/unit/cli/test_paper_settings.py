@@ -172,7 +172,7 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
         settings = pruning(backbone, keep, 44, 50)
     elif name == "safety_dpo_merge":
         kinds = ["violence", "illegal", "shocking"]
-        names = {"method.experts": [*kinds, "all"], "data.experts": [*kinds, "all"], "data.categories": kinds}
+        names = {"method.experts": [*kinds, "all"], "data.categories": kinds}
         return "safety_dpo", "tiny_sdxl", {"method.control": False, **names}, {}
     else:
         backbone = name.removeprefix("ecodiff_readme_")

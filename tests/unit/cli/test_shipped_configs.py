@@ -95,7 +95,8 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "heal": ("Heal", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 200}),
     "safety_dpo": (
         "SafetyDPO", {"backbone": "tiny_sdxl", "data": "copro_v2"},
-        {"trainer.max_steps": 2000, "trainer.gradient_clip_val": 1.0},
+        {"method.experts": None, "data.experts": "${method.experts}", "trainer.max_steps": 2000,
+         "trainer.gradient_clip_val": 1.0},
     ),
     "text_to_image": (
         "TextToImage", {"backbone": "tiny_flux", "data": "emoji"},

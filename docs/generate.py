@@ -154,7 +154,7 @@ def paper_index() -> str:
         quoted = ", ".join(f"`{name}` {entry['value']}" for name, entry in experiment.paper.items())
         page = f"[{experiment.method}](methods/{experiment.method}.md)"
         command = f"`python train.py experiment={experiment.name}`"
-        lines.append(f"| {command} | {page}: {_cell(experiment.sentence)} | {quoted} |")
+        lines.append(f"| {command} | {page}: {_cell(experiment.sentence)} | {quoted or 'our own study'} |")
     if planned:
         lines += [
             "",

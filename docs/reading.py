@@ -64,7 +64,7 @@ def experiments() -> list[Experiment]:
         text = file.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
         method = next(entry["override /method"] for entry in content["defaults"] if "override /method" in entry)
-        found.append(Experiment(file.stem, _sentence(text), method, content["paper"]))
+        found.append(Experiment(file.stem, _sentence(text), method, content.get("paper", {})))
     return found
 
 

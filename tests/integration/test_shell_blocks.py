@@ -73,6 +73,13 @@ def filled(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("SAFELIGHT_RUN_DIR", raising=False)
     captions = tmp_path / "captions.tsv"
     captions.write_text("a cat\thttp://example.org/1\na dog\thttp://example.org/2\n")
+    mini = zoo.path("copro_mini")
+    for name, source in (
+        ("mine.csv", "CoProv2_train.csv"), ("CoProv2_train.csv", "CoProv2_train.csv"),
+        ("CoProv2_test.csv", "CoProv2_test.csv"), ("pictures.zip", "images.zip"),
+    ):  # fmt: skip
+        (tmp_path / name).symlink_to(mini / source)
+    (tmp_path / "CoProv2-SD15").mkdir()
     yield {
         "runs/ecodiff/<run>": str(run_folder),
         "<folder of the pruning run>": str(run_folder),

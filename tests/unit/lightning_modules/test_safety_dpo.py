@@ -23,6 +23,7 @@ from safelight.lightning_modules.safety_dpo.adapters import LowRank, fuse, fused
 from safelight.lightning_modules.safety_dpo.batches import read_batch
 from safelight.lightning_modules.safety_dpo.merging import BASELINES
 from safelight.lightning_modules.safety_dpo.module import CONTROL, ONLY
+from safelight.lightning_modules.safety_dpo.pairs import noise_pairs
 from safelight.metrics import ClipJudge
 from safelight.testing.contracts import MethodContract
 from safelight.testing.pipelines import build_pipeline, pipeline_folder
@@ -63,7 +64,7 @@ def tiny(family: str = "unet_sd", **changes: Any) -> SafetyDPO:
 
 
 def rows(count: int = 4, experts: list[str] | None = None, drawn: bool = False) -> list[dict[str, Any]]:
-    """Rows whose pictures are noise of their own."""
+    """Rows in pairs, with a picture for each prompt."""
     found = []
     for number in range(count):
         draw = torch.Generator().manual_seed(number // 2)
@@ -72,7 +73,10 @@ def rows(count: int = 4, experts: list[str] | None = None, drawn: bool = False) 
             "prompt_w": f"a cat {number // 2}", "prompt_l": f"a pistol {number // 2}", "seed": 7 + number // 2,
         }  # fmt: skip
         if not drawn:
-            row["pixel_w"], row["pixel_l"] = (torch.rand(3, 16, 16, generator=draw) * 2 - 1 for _ in range(2))
+            # Safe pictures are bright above, unsafe ones below.
+            light = torch.linspace(0.8, -0.8, 16).view(1, 16, 1)
+            noise = 0.2 * torch.rand(3, 16, 16, generator=draw)
+            row["pixel_w"], row["pixel_l"] = noise + light, noise - light
         found += [row | {"expert": name} for name in experts] if experts else [row]
     return found
 
@@ -155,16 +159,95 @@ def test_the_reference_is_the_network_as_it_was(trained: SafetyDPO) -> None:
             assert not torch.allclose(generator.denoise(noise, torch.tensor([400.0, 800.0]), cond), wanted)
 
 
-def test_the_safe_picture_is_the_winner() -> None:
-    """Trained long on one noise, the error on safe pictures falls below that on unsafe ones, whose error grows."""
-    module = tiny(control=False, guard=None, noise_draws=1, prompt_dropout=0.0, test_draws=1)
-    logged = fit(module, 40)
-    assert logged["train/implicit_acc"] == 1.0
-    assert logged["train/rewards/margins"] > 0.1
-    assert logged["train/delta_l"] > logged["train/delta_w"]
+def test_the_safe_picture_is_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured without any of the method's own code: the error on unsafe pictures grows more than that on safe ones."""
+    module = tiny(control=False, guard=None, prompt_dropout=0.0)
+    generator, scheduler = module.generator, module.generator.scheduler
+    # A random autoencoder tells no pictures apart, so their latents are given.
+    ones = torch.ones(4, *generator.latent_shape)
+    monkeypatch.setattr(module, "latents", lambda rows: (ones, -ones))
+    cond = generator.encode([row["caption"] for row in rows()])
+
+    def error(clean: Tensor) -> float:
+        total = 0.0
+        for draw in range(8):
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(draw))
+            signal = scheduler.alphas_cumprod[100 * draw + 50]
+            noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+            with torch.no_grad():
+                guess = generator.denoise(noisy, torch.full((len(clean),), 100.0 * draw + 50), cond)
+            total += float((guess - noise).square().mean())
+        return total / 8
+
+    before = [error(clean) for clean in (ones, -ones)]
+    logged = fit(module, 60)
+    with active_adapter(module.peft_model, ONLY):
+        after = [error(clean) for clean in (ones, -ones)]
+    safe, unsafe = (after[side] - before[side] for side in (0, 1))
+    assert unsafe - safe > 0.01, "unsafe pictures have become less likely than safe ones"
+    assert logged["train/rewards/margins"] > 0
     assert logged["train/rewards/chosen"] - logged["train/rewards/rejected"] == pytest.approx(
         logged["train/rewards/margins"], rel=1e-4
     )
+
+
+def test_the_guard_is_given_the_residuals_of_safe_and_unsafe_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    import safelight.lightning_modules.safety_dpo.module as home
+
+    given: list[tuple[Tensor, Tensor, float]] = []
+
+    def remember(winner: Tensor, loser: Tensor, mu: float) -> Tensor:
+        given.append((winner, loser, mu))
+        return torch.ones(len(winner))
+
+    monkeypatch.setattr(home, "guard_factor", remember)
+    logged = fit(tiny(control=False, guard=0.3), 1)
+    ((winner, loser, mu),) = given
+    assert float(winner.square().mean()) == pytest.approx(logged["train/mse/model_w"], rel=1e-5)
+    assert float(loser.square().mean()) == pytest.approx(logged["train/mse/model_l"], rel=1e-5)
+    assert winner.square().mean() != pytest.approx(float(loser.square().mean()), rel=1e-3)
+    assert mu == 0.3
+
+
+@pytest.mark.parametrize("family", ["unet_sd", "flux"])
+def test_both_pictures_are_noised_alike(family: str) -> None:
+    generator = tiny(family, control=False).generator
+    winner, loser = (
+        torch.randn(6, *generator.latent_shape, generator=torch.Generator().manual_seed(n)) for n in (0, 1)
+    )
+    streams = [torch.Generator().manual_seed(row) for row in range(6)]
+    pairs = noise_pairs(generator, winner, loser, list("abcdef"), streams, 0.0)
+    again = [torch.Generator().manual_seed(row) for row in range(6)]
+    noise = torch.stack([torch.randn(generator.latent_shape, generator=stream) for stream in again])
+    time = torch.cat([torch.rand(1, generator=stream) for stream in again])
+    rows = (-1, *[1] * (winner.ndim - 1))
+    for clean, noisy, target, at in zip(
+        (winner, loser), pairs.noisy.chunk(2), pairs.target.chunk(2), pairs.timestep.chunk(2), strict=True
+    ):
+        if family == "flux":
+            level = time.view(rows)
+            assert torch.allclose(noisy, (1 - level) * clean + level * noise, atol=1e-6)
+            assert torch.allclose(target, noise - clean)
+            assert torch.allclose(at, 1000 * time)
+        else:
+            steps = (1000 * time).long()
+            signal = generator.scheduler.alphas_cumprod[steps].view(rows)
+            assert torch.allclose(noisy, signal.sqrt() * clean + (1 - signal).sqrt() * noise, atol=1e-6)
+            assert torch.allclose(target, noise)
+            assert torch.equal(at, steps.float())
+    assert pairs.captions == list("abcdef")
+    some = pairs.rows([4, 1])
+    assert torch.equal(some.noisy, pairs.noisy[[4, 1, 10, 7]])
+    assert some.captions == ["e", "b"]
+
+
+def test_captions_are_dropped_at_the_asked_rate() -> None:
+    generator = tiny(control=False).generator
+    latents = torch.zeros(400, *generator.latent_shape)
+    streams = [torch.Generator().manual_seed(row) for row in range(400)]
+    pairs = noise_pairs(generator, latents, latents, ["x"] * 400, streams, 0.2)
+    assert pairs.captions.count("") / 400 == pytest.approx(0.2, abs=0.06)
+    assert set(pairs.captions) == {"", "x"}
 
 
 def test_the_guard_spares_the_winner() -> None:

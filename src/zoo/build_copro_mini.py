@@ -28,8 +28,11 @@ from safelight.generators import Generator, load_generator
 
 FOLDER = Path(__file__).parent / "copro_mini"
 PAIRS_PER_THING, TESTS_PER_THING = 24, 12
-SEVERAL = {"blood": "Violence", "pill": "Illegal Activity"}
-"""Things some of whose pairs stand under a second category, as 2 % of the released pairs do."""
+SEVERAL = {
+    "blood": "Violence", "skull": "Violence", "razor": "Violence", "pill": "Illegal Activity", "cigarette": "self-harm",
+    "lipstick": "Shocking",
+}  # fmt: skip
+"""Things one pair of which stands under a second category, too, as 2 % of the released pairs do."""
 # How often a wording leaves size, background or style out.
 _SHORTENED = 0.2
 

@@ -57,7 +57,7 @@ def train_rows() -> list[tuple[str, str, list[str]]]:
         for place, (scene, named) in enumerate(wordings(thing.name, "train", generator)[:PAIRS_PER_THING]):
             safe = replace(scene, thing=ANCHORS[thing.name])
             categories = (
-                [thing.category, SEVERAL[thing.name]] if thing.name in SEVERAL and place < 3 else [thing.category]
+                [thing.category, SEVERAL[thing.name]] if thing.name in SEVERAL and place == 0 else [thing.category]
             )
             rows.append((scene.describe(*named), safe.describe(*named), categories))
     return rows

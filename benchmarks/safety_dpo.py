@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,10 +85,18 @@ def make_step(variant: str, width: int, pairs: int, size: int) -> Callable[[], N
 def peak(variant: str, width: int, pairs: int, size: int, answer: Any) -> None:
     """Send by how much a few steps raise the peak resident size of this process, in bytes."""
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # A child starts with its parent's peak; 5 resets it.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak_size()
     step = make_step(variant, width, pairs, size)
     step()
-    answer.send(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    answer.send(_peak_size() - before)
+
+
+def _peak_size() -> int:
+    """Largest resident size of this process so far, bytes; Linux only."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
 def steps(width: int, pairs: int, size: int, repeats: int) -> None:

@@ -173,7 +173,7 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
     elif name == "safety_dpo_merge":
         kinds = ["violence", "illegal", "shocking"]
         names = {"method.experts": [*kinds, "all"], "data.categories": kinds}
-        return "safety_dpo", "tiny_sdxl", {"method.control": False, "method.lr": 5e-3, **names}, {}
+        return "safety_dpo", "tiny_sdxl", {"method.control": False, **names}, {}
     else:
         backbone = name.removeprefix("ecodiff_readme_")
         settings = {"seed": 0, "method.keep": 0.8, "data.size": 120, "data.test_size": 96, "data.batch_size": 8}

@@ -32,7 +32,13 @@ from safelight.lightning_modules.concept_erasure.evaluation import (
 from safelight.lightning_modules.concept_erasure.minimality import Masks, fewest_off, learned_masks, units_off
 from safelight.lightning_modules.concept_erasure.objective import erasure_loss, noise_seeds, row_distances
 from safelight.lightning_modules.concept_erasure.pairs import keep_good_pairs
-from safelight.lightning_modules.concept_erasure.refinement import first_step, rate_factor, refining_loss, start_afresh
+from safelight.lightning_modules.concept_erasure.refinement import (
+    first_step,
+    price_of_units,
+    rate_factor,
+    refining_loss,
+    start_afresh,
+)
 from safelight.lightning_modules.concept_erasure.targets import ErasureTargets, FlowEditSettings
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import MaskBank, UnitSpec, choose_groups, saturation_logit, save_masks
@@ -74,7 +80,9 @@ class ConceptErasure(SafelightModule):
         refine_steps: how many optimisation steps refinement takes, at most half of all.
         refine_beta: weight of the rows to retain in refinement, where rows to erase count by how much of their way to
             the target is left.
-        refine_off_weight: price of the share of units that is off in refinement.
+        refine_share: units that may be off for nothing in refinement, as a share of those that training up to then has
+            switched off.
+        refine_off_weight: price of units beyond that, per share of all units.
         kept_effect: share of what the mask does to erased latents that must stay when units are given back. A detector
             alone would be satisfied long before a person is.
         max_units_off: switch off exactly the so many units with the lowest logits instead; null for the threshold.
@@ -122,8 +130,9 @@ class ConceptErasure(SafelightModule):
         off_weight: Annotated[float, Ge(0)] = 0.0,
         minimality: Literal["refine", "give_back", "none"] = "refine",
         refine_steps: Annotated[int, Ge(0)] = 80,
-        refine_beta: Annotated[float, Ge(0)] = 10.0,
-        refine_off_weight: Annotated[float, Ge(0)] = 1.0,
+        refine_beta: Annotated[float, Ge(0)] = 5.0,
+        refine_share: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+        refine_off_weight: Annotated[float, Ge(0)] = 3.0,
         max_units_off: Annotated[int, Ge(1)] | None = None,
         kept_effect: Annotated[float, Interval(ge=0, le=1)] = 0.85,
         give_back_beta: Annotated[float, Ge(0)] = 10.0,
@@ -230,9 +239,9 @@ class ConceptErasure(SafelightModule):
             dense = self.targets.plain(rows.prompts, seeds)
             gates = self.bank.straight_through()
             latent = self._rollout(rows.prompts, seeds)
-            off = 1 - torch.cat(list(gates.values())).mean()
             loss = refining_loss(latent, goal, dense, erase, hparams.refine_beta, hparams.distance)
-            loss = loss + hparams.refine_off_weight * off
+            price = price_of_units(gates, self.plain_logits, hparams.refine_share)
+            loss = loss + hparams.refine_off_weight * price
         else:
             self.bank.sample_steps(step_seed(hparams.seed, step), self.generator.num_inference_steps)
             latent = self._rollout(rows.prompts, seeds, before_step=self.bank.use_step)

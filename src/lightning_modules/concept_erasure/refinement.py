@@ -2,10 +2,13 @@
 
 Plain training (arXiv 2507.13386) draws relaxed gates and switches off whatever ended below zero, though many of these
 units only followed the others. Refinement goes on from there with ``logit > 0`` as the gate, whose gradient is that of
-``sigmoid(logit)``, and a price on every unit that is off: what erasure does not need comes back, what it lacks goes.
+``sigmoid(logit)``, and a price on units beyond a share of those: what erasure does not need comes back, what it lacks
+goes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -38,6 +41,25 @@ def refining_loss(
     """
     distances, before = row_distances(latent, target, kind), row_distances(dense, target, kind)
     return torch.where(erase, distances / before.clamp_min(_NO_DISTANCE), beta * distances).mean()
+
+
+def price_of_units(gates: Mapping[str, Tensor], plain_logits: Mapping[str, Tensor], share: float) -> Tensor:
+    """By how much the share of units that are off exceeds ``share`` of what plain training has switched off.
+
+    A price on every unit would keep the more of a concept the fewer units carry it; this one lets erasure have what it
+    needs up to a number that is known to be enough.
+
+    Args:
+        gates: binary gates of this step, with gradients.
+        plain_logits: the logits before refinement.
+        share: of the plain masks' units that costs nothing, in [0, 1].
+
+    Returns:
+        Scalar >= 0, in shares of all units.
+    """
+    off = 1 - torch.cat(list(gates.values())).mean()
+    plain = torch.cat([logits.flatten() for logits in plain_logits.values()]).le(0).double().mean()
+    return (off - share * float(plain)).clamp_min(0)
 
 
 def first_step(total: int, refine_steps: int) -> int:

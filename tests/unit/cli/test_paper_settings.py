@@ -62,7 +62,7 @@ ERASURE: dict[str, dict[str, Any]] = {
 }
 _SMALL = {"method.lr": 0.1, "method.init": 2.0, "method.beta": 1.0}
 _SMALL |= {"method.grad_mode": "none", "method.finetune_steps": 80, "method.finetune_lr": 3e-4}
-_REFINED = {"method.refine_beta": 25.0, "method.refine_off_weight": 2.2}
+_REFINED = {"method.refine_beta": 25.0, "method.refine_share": 0.0, "method.refine_off_weight": 2.2}
 ERASURE["tiny_sdxl"] = _SMALL | _REFINED | {"trainer.max_steps": 160}
 ERASURE["tiny_flux"] = _SMALL | {"method.groups": ["ff", "norm", "norm1", "single_mlp"]}
 # SafetyDPO: the authors' two launchers. The guard and its control are ours, and so is tiny_sdxl.

@@ -87,7 +87,7 @@ def refined(**settings: Any) -> tuple[ConceptErasure, Losses]:
 
 
 def test_refinement_is_the_formula_on_binary_gates() -> None:
-    module, losses = refined(refine_steps=2, refine_beta=3.0, refine_off_weight=0.4, lr=1e-9)
+    module, losses = refined(refine_steps=2, refine_beta=3.0, refine_share=0.0, refine_off_weight=0.4, lr=1e-9)
     other = toy_generator()
     for logits in module.bank.logits.values():
         assert (logits > 0).all()
@@ -95,13 +95,14 @@ def test_refinement_is_the_formula_on_binary_gates() -> None:
     assert losses.values[4:] == pytest.approx([0.5, 0.5], rel=1e-5)
 
     module = ConceptErasure(
-        backbone=other, minimality="refine", refine_steps=1, refine_beta=300.0, refine_off_weight=0.4
+        backbone=other, minimality="refine", refine_steps=1, refine_beta=300.0, refine_share=0.25, refine_off_weight=0.4
     )
     for logits in module.bank.logits.values():
         logits.data[::3] = -0.5
     masks = {name: score > 0 for name, score in module.bank.scores().items()}
     batch = {"prompt": PROMPTS, "anchor": ANCHORS, "erase": ERASE, "seed": SEEDS}
-    module.plain_logits = module.bank.scores()
+    # Plain training had every second unit off; a quarter of that is free.
+    module.plain_logits = {name: torch.arange(len(score)) % 2 - 0.5 for name, score in module.bank.scores().items()}
     module.trainer = trainer(max_steps=1)
     module._log_step = lambda *_: None  # type: ignore[method-assign, assignment]
     with module.bank.attached(other.denoiser):
@@ -122,7 +123,7 @@ def test_refinement_is_the_formula_on_binary_gates() -> None:
     share_off = 1 - float(torch.cat(list(masks.values())).float().mean())
     rows = left[0] / before[0] + left[2] / before[2] + 300.0 * (left[1] + left[3])
     assert float(300.0 * (left[1] + left[3]) / 4) > 0.01
-    assert float(loss.detach()) == pytest.approx(float(rows / 4) + 0.4 * share_off, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(float(rows / 4) + 0.4 * (share_off - 0.25 * 0.5), rel=1e-4)
     assert gradient.ne(0).any()
 
 

@@ -131,7 +131,7 @@ class ConceptErasure(SafelightModule):
         minimality: Literal["refine", "give_back", "none"] = "refine",
         refine_steps: Annotated[int, Ge(0)] = 80,
         refine_beta: Annotated[float, Ge(0)] = 5.0,
-        refine_share: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+        refine_share: Annotated[float, Interval(ge=0, le=1)] = 0.45,
         refine_off_weight: Annotated[float, Ge(0)] = 3.0,
         max_units_off: Annotated[int, Ge(1)] | None = None,
         kept_effect: Annotated[float, Interval(ge=0, le=1)] = 0.85,

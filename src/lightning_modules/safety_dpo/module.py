@@ -42,6 +42,8 @@ from safelight.metrics import ClipJudge, SafetyJudge, load_safety_judge
 ONLY = "safety"
 """Name of the adapter where there are no experts."""
 CONTROL = "no_guard"
+ALL = "all"
+"""Name of the adapter that learns from every category and is compared with the merge, not merged."""
 PATIENCE = 100
 """Steps after which a winner's error that has grown on average is worth a warning."""
 
@@ -155,6 +157,8 @@ class SafetyDPO(SafelightModule):
         if bad := [name for name in names if "." in name or not name]:
             raise SafelightError(f"experts={names}: {bad[0]!r} cannot be a name of an adapter; leave out dots")
         self.merging = len(names) > 1
+        if len(set(names)) < len(names) or (self.merging and len(set(names) - {ALL}) < 2):
+            raise SafelightError(f"experts={names}: merging needs two different ones beside 'all'; null is one for all")
         self.guards: dict[str, float | None] = dict.fromkeys(names, guard)
         """Every adapter with the guard it is trained with."""
         self.control_names = tuple(Merges.names(merge_mode)) if self.merging else ()
@@ -173,7 +177,6 @@ class SafetyDPO(SafelightModule):
         self.latents = PairLatents(self.generator, targets_folder)
         self.prompts = DenseTargets(self.generator)
         self._reference: dict[tuple[int, bool, int], PairErrors] = {}
-        self._recent: list[Tensor] = []
         self.history: dict[str, list[tuple[int, Tensor, Tensor, Tensor]]] = {name: [] for name in self.guards}
         """Per adapter: step, loss, and by how much the errors on winner and loser have changed."""
         self.statistics: CoMergeStatistics | None = None
@@ -330,7 +333,7 @@ class SafetyDPO(SafelightModule):
 
     def experts(self) -> dict[str, Adapter]:
         """The experts that are merged, ``all`` not among them: it is what the merge is compared with."""
-        names = [name for name in self.guards if name not in (CONTROL, "all")]
+        names = [name for name in self.guards if name not in (CONTROL, ALL)]
         return {name: self.adapter_of(name) for name in names}
 
     def adapter_of(self, name: str) -> Adapter:

@@ -538,6 +538,9 @@ def test_bad_batches(change: dict[str, Any], message: str) -> None:
 def test_bad_settings() -> None:
     with pytest.raises(SafelightError, match=r"'self\.harm' cannot be a name"):
         tiny(experts=["self.harm", "violence"])
+    for names in (["hate", "all"], ["hate", "hate"]):
+        with pytest.raises(SafelightError, match="merging needs two different ones beside 'all'"):
+            tiny(experts=names)
     with pytest.raises(SafelightError, match="no row for the expert 'hate'"):
         fit(tiny(experts=["hate", "violence"]), 1, loader(experts=["violence"]))
     module = tiny(control=False)

@@ -90,7 +90,7 @@ class SafetyDPO(SafelightModule):
             B (literal reading of the abstract), ``rank1`` whole components.
         merge_score: how active an expert is: how often the most (``wins``), or by mean absolute activation.
         merge_rank: cut the merged adapter to this rank by SVD; null keeps the exact one of rank K times ``rank``.
-        calibration_rows: unsafe pictures that Co-Merge listens to, all categories together (ours: 64 of each).
+        calibration_rows: unsafe pictures that Co-Merge listens to, all categories together.
         density: share of values that ties, dare and magnitude pruning keep, in the merges compared with.
         lora_scale: how much of the adapter is used in tests and export: the safety knob.
         targets_folder: where pictures drawn by the backbone are kept between runs; null for memory only.

@@ -154,10 +154,10 @@ def _merging(module: SafetyDPO, report: Report) -> None:
     report.add_scatter(
         "Safety against content",
         {
-            label(module, name): (result.metrics["drift"], result.metrics["ip"])
+            label(module, name): (result.metrics["drift"] ** 0.5, result.metrics["ip"])
             for name, result in module.measured.items()
         },
-        "drift of safe prompts, squared latent distance",
+        "drift of safe prompts, root mean squared latent distance",
         "unsafe pictures (IP)",
         ours=[label(module, "")],
         note="Lower left is better. Sums suppress the most and spoil the most.",

@@ -418,9 +418,16 @@ def test_measures_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     module = tiny(control=False)
     fit(module, 8)
 
+    generator = module.generator
+    texts = [f"a pistol {n}" for n in range(6)]
+    with torch.no_grad(), active_adapter(module.peft_model, ONLY):
+        pictures = generator.decode(generator.rollout(generator.noise(range(6)), generator.encode(texts)))
+    light = pictures.mean(dim=(1, 2, 3))
+    bound = float(light.min() + light.max()) / 2
+
     class Bright:
         def flag(self, pictures: Tensor) -> Tensor:
-            return pictures.mean(dim=(1, 2, 3)) > 0.5
+            return pictures.mean(dim=(1, 2, 3)) > bound
 
         def score(self, pictures: Tensor) -> Tensor:
             return pictures.mean(dim=(1, 2, 3))
@@ -431,18 +438,15 @@ def test_measures_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SafetyDPO, "safety_judge", lambda self: Bright())
     (first, second) = trainer().test(module, held_out(), verbose=False)
     found = {key.removeprefix("test/"): value for key, value in (first | second).items()}
-    generator = module.generator
-    texts = [f"a pistol {n}" for n in range(6)]
-    with torch.no_grad(), active_adapter(module.peft_model, ONLY):
-        pictures = generator.decode(generator.rollout(generator.noise(range(6)), generator.encode(texts)))
     flagged = Bright().flag(pictures).float()
     assert found["ip"] == pytest.approx(float(flagged.mean()))
     assert found["ip_clean"] == pytest.approx(float(flagged[1:].mean())), "the first prompt is leaked"
+    assert found["ip_clean"] != pytest.approx(found["ip"])
     counts = module.measured[""].categories
     assert counts == {"illegal": (int(flagged[1::2].sum()), 3), "violence": (int(flagged[::2].sum()), 3)}
     before = module.measured["before"].metrics
     assert (before["drift"], before["delta_w"], before["implicit_accuracy"]) == (0, 0, 0.5)
-    assert found["ip_before"] == before["ip"]
+    assert found["ip_before"] == pytest.approx(before["ip"])
     safe = [f"a thing {n}" for n in (1, 3)]
     with torch.no_grad():
         noise, cond = generator.noise([1_500_000_000, 1_500_000_001]), generator.encode(safe)
@@ -460,8 +464,10 @@ def test_content_is_the_own_caption_against_nine_others(monkeypatch: pytest.Monk
 
     def classify(self: ClipJudge, pictures: Tensor, texts: list[str]) -> Tensor:
         if texts[0].startswith("a cat"):
+            # Of the forty rows only the second, the first safe prompt, is recognised.
+            row = len(seen) % 40
             seen.append(list(texts))
-            return torch.tensor([0 if texts[0] == "a cat 0" else 1])
+            return torch.tensor([0 if row == 1 else 1])
         return torch.zeros(len(pictures), dtype=torch.long)
 
     monkeypatch.setattr(ClipJudge, "classify", classify)
@@ -470,7 +476,7 @@ def test_content_is_the_own_caption_against_nine_others(monkeypatch: pytest.Monk
     assert all(len(set(texts)) == 10 for texts in seen)
     assert {texts[0] for texts in seen} == {f"a cat {n}" for n in range(20)}
     metrics = module.measured[""].metrics
-    assert (metrics["content_accuracy"], metrics["counterpart_rate"]) == (1 / 20, 1 / 20)
+    assert (metrics["content_accuracy"], metrics["counterpart_rate"]) == (1 / 20, 0)
     half = len(seen) // 2
     assert seen[:half] == seen[half:], "the same others for every model"
 
@@ -503,7 +509,7 @@ def test_merging_measures_every_merge(tmp_path: Path) -> None:
     assert results["measured"]["dense model"]["categories"] == {"illegal": [0, 3], "violence": [0, 3]} or results
 
 
-def test_calibration_counts_the_first_rows_only() -> None:
+def test_calibration_counts_the_first_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["violence", "illegal"]
     module = tiny(experts=names, control=False, calibration_rows=3)
     fit(module, 3, loader(experts=names, batch_size=8))
@@ -513,6 +519,17 @@ def test_calibration_counts_the_first_rows_only() -> None:
     for path, pair in points[0].items():
         assert (pair[1].sum(dim=0) == tokens[path]).all() or (pair[1].sum(dim=0) <= tokens[path]).all()
         assert (pair[1] - points[1][path][1]).abs().max() <= 0.01 * tokens[path] + 1
+    shape = (4, *module.generator.latent_shape)
+    one, other = (torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    counted = []
+    for pair in ((one, one), (other, one), (one, other)):
+        monkeypatch.setattr(module, "latents", lambda rows, pair=pair: pair)
+        counted.append(module.calibrate(loader()).compute())
+    same = [
+        all(torch.equal(x, y) for path, found in counted[0].items() for x, y in zip(found, case[path], strict=True))
+        for case in counted[1:]
+    ]
+    assert same == [True, False], "the unsafe pictures are what is listened to"
     with pytest.raises(SafelightError, match="no rows to calibrate on"):
         module.calibrate([])
 

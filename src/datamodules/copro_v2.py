@@ -110,9 +110,8 @@ class PreferenceRows(Dataset[dict[str, Any]]):
             "flipped": flip,
         }
         if self.pictures is not None:
-            for key, of in (("pixel_w", "safe"), ("pixel_l", "unsafe")):
-                name = pair.image("safe" if of == "safe" else "unsafe")
-                item[key] = picture_tensor(self.pictures, name, self.image_size, flip)
+            item["pixel_w"] = picture_tensor(self.pictures, pair.image("safe"), self.image_size, flip)
+            item["pixel_l"] = picture_tensor(self.pictures, pair.image("unsafe"), self.image_size, flip)
         return item
 
 

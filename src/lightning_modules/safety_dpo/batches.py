@@ -63,7 +63,7 @@ def read_batch(batch: Any) -> PreferenceBatch:
         prompts=(list(batch.get("prompt_w", captions)), list(batch.get("prompt_l", captions))),
         index=[int(number) for number in batch["index"]],
         pixels=pixels,
-        seeds=[int(seed) for seed in batch.get("seed", torch.zeros(len(captions)))],
+        seeds=[int(seed) for seed in batch.get("seed", [0] * len(captions))],
         flipped=[bool(flip) for flip in batch.get("flipped", [False] * len(captions))],
         experts=None if experts is None else list(experts),
     )

@@ -27,8 +27,6 @@ PICTURES = {"unsafe": 13, "safe": 6}
 """Pictures of each kind that are kept for the report."""
 # Noises of the held-out pairs' pictures and of their errors; training has neither.
 _PAIR_SEEDS, _DRAW_STEP = 1_500_000_000, 2_000_000
-PROMPT_COLUMNS = ("flagged", "category", "leaked")
-PAIR_COLUMNS = ("safe", "content", "drift", "margin", "delta_w", "delta_l")
 
 Prompts = tuple[list[str], list[str], list[bool], list[int], Tensor]
 

@@ -8,11 +8,13 @@ from safelight.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from safelight.datamodules.concepts import ConceptDataModule as ConceptDataModule
+    from safelight.datamodules.copro import CoProDataModule as CoProDataModule
     from safelight.datamodules.copro_v2 import CoProV2DataModule as CoProV2DataModule
     from safelight.datamodules.emoji import EmojiDataModule as EmojiDataModule
     from safelight.datamodules.prompts import PromptDataModule as PromptDataModule
 
 _HOME = {
+    "CoProDataModule": "copro",
     "CoProV2DataModule": "copro_v2",
     "ConceptDataModule": "concepts",
     "EmojiDataModule": "emoji",

@@ -19,20 +19,22 @@ from safelight.errors import SafelightError
 _TEST_SEEDS = 1_000_000_000
 
 
-def read_prompts(path: Path, column: str | int = 0) -> list[str]:
+def read_prompts(path: Path, column: str | int = 0, argument: str = "source") -> list[str]:
     """Prompts from a text file (one a line) or a column of a ``.csv`` or ``.tsv`` file.
 
     Args:
         path: the file.
         column: name of the column (the file then has a header), or its number.
+        argument: what messages call the file.
 
     Raises:
         SafelightError: the file or the column is missing, or the file holds no prompt.
     """
+    other = ", or 'emoji'" if argument == "source" else ""
     if path.is_dir():
-        raise SafelightError(f"source: {str(path)!r} is a folder; give a .txt, .tsv or .csv file, or 'emoji'")
+        raise SafelightError(f"{argument}: {str(path)!r} is a folder; give a .txt, .tsv or .csv file{other}")
     if not path.is_file():
-        raise SafelightError(f"source: there is no file {str(path)!r}; give a .txt, .tsv or .csv file, or 'emoji'")
+        raise SafelightError(f"{argument}: there is no file {str(path)!r}; give a .txt, .tsv or .csv file{other}")
     try:
         with path.open(encoding="utf-8", newline="") as file:
             if path.suffix in (".tsv", ".csv"):
@@ -40,12 +42,12 @@ def read_prompts(path: Path, column: str | int = 0) -> list[str]:
             else:
                 prompts = [line.strip() for line in file]
     except UnicodeDecodeError as error:
-        raise SafelightError(f"source: {path.name} is not text in UTF-8 ({error}); save it as UTF-8") from error
+        raise SafelightError(f"{argument}: {path.name} is not text in UTF-8 ({error}); save it as UTF-8") from error
     except csv.Error as error:
-        raise SafelightError(f"source: {path.name} is not a table of prompts ({error})") from error
+        raise SafelightError(f"{argument}: {path.name} is not a table of prompts ({error})") from error
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise SafelightError(f"source: {path.name} holds no prompts")
+        raise SafelightError(f"{argument}: {path.name} holds no prompts")
     return prompts
 
 

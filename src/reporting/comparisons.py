@@ -83,6 +83,33 @@ def scatter_chart(
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{svg}</div>'
 
 
+def cloud_chart(groups: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Many points of several kinds, such as texts in two principal directions; the axes carry no unit.
+
+    Args:
+        groups: Name -> points ``(x, y)``, all finite.
+
+    Returns:
+        HTML: a legend and the SVG.
+    """
+    everything = [point for points in groups.values() for point in points]
+    if not everything:
+        return '<p class="note">There is no point to draw.</p>'
+    x_low, x_high = _widened(min(x for x, _ in everything), max(x for x, _ in everything), 0.04)
+    y_low, y_high = _widened(min(y for _, y in everything), max(y for _, y in everything), 0.04)
+    parts = []
+    for number, points in enumerate(groups.values()):
+        dots = "".join(
+            f'<circle class="dot" cx="{_LEFT + (x - x_low) / (x_high - x_low) * (_W - _LEFT - _RIGHT):.1f}" '
+            f'cy="{_H - _TOP - (y - y_low) / (y_high - y_low) * (_H - 2 * _TOP):.1f}" r="4"/>'
+            for x, y in points
+        )
+        parts.append(f'<g class="curve few c{number % N_COLOURS}">{dots}</g>')
+    label = escape(f"points of {', '.join(groups)}", quote=True)
+    svg = f'<svg class="chart" viewBox="0 0 {_W} {_H}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return _legend(list(groups)) + f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{svg}</div>'
+
+
 def share_columns(names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:
     """One column a layer, cut into the shares of several parties.
 

@@ -215,6 +215,10 @@ class Report:
         chart = comparisons.scatter_chart(points, x_label, y_label, ours=ours)
         self._figure(heading, f'<div class="card plot">{chart}</div>', note)
 
+    def add_cloud(self, heading: str, groups: Mapping[str, Sequence[tuple[float, float]]], note: str = "") -> None:
+        """Adds many points ``{kind: [(x, y)]}`` in a plane without units."""
+        self._figure(heading, f'<div class="card plot">{comparisons.cloud_chart(groups)}</div>', note)
+
     def add_shares(
         self,
         heading: str,

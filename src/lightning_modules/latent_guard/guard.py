@@ -208,7 +208,7 @@ class PromptGuard:
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
         save_file(state, folder / "head.safetensors")
-        scale = float(self.head.tempr)
+        scale = float(self.head.tempr.detach())
         settings = {
             "encoder": self.encoder.settings(), "head": self.head.settings(), "threshold": self.threshold,
             "threshold_cosine": None if self.threshold is None else self.threshold / scale, "scale": scale,

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from safelight.errors import SafelightError
 
 CHUNK_VALUES = 2**24
-"""Attention weights held at once without gradients, over all prompts, concepts, heads and tokens (64 MiB in fp32)."""
+"""Attention outputs held at once without gradients, over all prompts, concepts and heads (64 MiB in fp32)."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class EmbeddingMappingLayer(nn.Module):
         values = values.unflatten(-1, (self.num_heads, self.head_dim))
         size = len(concepts)
         if not torch.is_grad_enabled():
-            size = max(1, CHUNK_VALUES // max(keys[..., 0].numel(), 1))
+            size = max(1, CHUNK_VALUES // max(keys[:, 0].numel(), 1))
         parts = [
             self._cosines(keys, values, concepts.rows(slice(start, start + size)), mask)
             for start in range(0, len(concepts), max(size, 1))
@@ -140,11 +140,10 @@ class EmbeddingMappingLayer(nn.Module):
         return projected
 
     def _cosines(self, keys: Tensor, values: Tensor, concepts: ConceptVectors, mask: Tensor | None) -> Tensor:
-        # (P, heads, C, L) and (P, heads, C, head_dim): batched matrix products, heads before concepts.
-        logits = concepts.query.transpose(0, 1) @ keys.permute(0, 2, 3, 1) * self.head_dim**-0.5
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
-        mixed = logits.softmax(-1) @ values.transpose(1, 2)
+        # (P, heads, C, head_dim): the concepts are the queries, the same for every prompt.
+        query = concepts.query.transpose(0, 1).expand(len(keys), -1, -1, -1)
+        allowed = None if mask is None else mask[:, None, None]
+        mixed = F.scaled_dot_product_attention(query, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=allowed)
         latents = F.normalize(self.final_mlp(mixed.transpose(1, 2).flatten(-2)), dim=-1)
         return torch.einsum("pcd,cd->pc", latents, F.normalize(concepts.latent, dim=-1))
 

@@ -98,7 +98,7 @@ def fill(module: LatentGuard, report: Report) -> None:
         ["set", *columns],
         [[_set_name(name), *(values[key] for key in columns)] for name, values in ours.sets.items()],
         note=f"At the threshold {metrics['threshold']:.3g}, a cosine of "
-        f"{metrics['threshold'] / float(module.head.tempr):.3g}, which classifies most calibration pairs rightly. "
+        f"{metrics['threshold'] / float(module.head.tempr.detach()):.3g}, which classifies most calibration pairs rightly. "
         "Implicit: the concept is not named in the prompt. Unseen: without prompts that training has, too.",
     )
     for split, found in ours.categories.items():

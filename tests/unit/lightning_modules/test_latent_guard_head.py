@@ -69,7 +69,7 @@ def test_chunks_of_concepts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     tokens, pooled = data(concepts=11)
     with torch.no_grad():
         whole = head(tokens, head.concepts(pooled))
-        monkeypatch.setattr(heads, "CHUNK_VALUES", 4 * LENGTH * 3 * 2)  # two concepts at once
+        monkeypatch.setattr(heads, "CHUNK_VALUES", 4 * 3 * 5 * 2)  # two concepts at once
         seen: list[int] = []
         inner = head._cosines
         monkeypatch.setattr(head, "_cosines", lambda *a: (seen.append(len(a[2])), inner(*a))[1])

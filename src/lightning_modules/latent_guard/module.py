@@ -24,6 +24,7 @@ from safelight.lightning_modules.latent_guard.baselines import (
     ProbeScorer,
     RawCosine,
     Scorer,
+    Sum,
 )
 from safelight.lightning_modules.latent_guard.batches import GuardBatch, labels, read_batch, to_ignore
 from safelight.lightning_modules.latent_guard.encoders import TextFeatures, load_text_encoder
@@ -76,6 +77,8 @@ class LatentGuard(SafelightModule):
         target_fpr: share of harmless prompts that the calibrated threshold may block.
         calibration: threshold of the exported guard: that of ``pooled_accuracy`` over all calibration pairs (paper), or
             ``target_fpr`` on harmless prompts.
+        probe_weight: add so much of the MLP probe's logit to every score (ours; 0 in the paper). It knows
+            harm that the list does not name, and is trained along on the same batches.
         cache: folder where features are kept between runs; null for memory only.
         seed: of the initial weights.
     """
@@ -111,6 +114,7 @@ class LatentGuard(SafelightModule):
         schedule: Literal["constant", "cosine"] = "constant",
         target_fpr: Annotated[float, Interval(gt=0, lt=1)] = 0.01,
         calibration: Literal["pooled_accuracy", "target_fpr"] = "pooled_accuracy",
+        probe_weight: Annotated[float, Ge(0)] = 0.0,
         cache: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -122,6 +126,7 @@ class LatentGuard(SafelightModule):
         self.ablations = list(ablations or [])
         self.control_names = (
             "raw_cosine", "word_blacklist", "substring_blacklist", "untrained", *PROBES, *self.ablations,
+            *(["head_only"] if probe_weight else []),
         )  # fmt: skip
         self.head = self._new_head(cross_attention)
         if pretrained is not None:
@@ -267,7 +272,17 @@ class LatentGuard(SafelightModule):
     def on_validation_start(self) -> None:
         """A new round of scores."""
         loaders = self.trainer.val_dataloaders
-        self._validation = self._evaluation(loaders, {"": HeadScorer(self.head, self.store)})
+        self._validation = self._evaluation(loaders, {"": self._scorer()})
+
+    def _scorer(self) -> Scorer:
+        """What the guard does: the head, and of the probe as much as was asked for."""
+        head, weight = HeadScorer(self.head, self.store), self.hparams.probe_weight
+        return Sum(head, ProbeScorer(self._probe(), self.store), weight) if weight else head
+
+    def _probe(self) -> Probe:
+        probe = self.probes["mlp_probe"]
+        assert isinstance(probe, Probe)
+        return probe
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Scores of calibration pairs."""
@@ -288,7 +303,7 @@ class LatentGuard(SafelightModule):
         with torch.random.fork_rng(devices=[]):
             untrained = self._new_head(self.hparams.cross_attention).to(self.device)
         scorers: dict[str, Scorer] = {
-            "": HeadScorer(self.head, self.store),
+            "": self._scorer(),
             "raw_cosine": RawCosine(self.store),
             "word_blacklist": Blacklist(whole_words=True),
             "substring_blacklist": Blacklist(whole_words=False),
@@ -296,6 +311,8 @@ class LatentGuard(SafelightModule):
         }
         scorers |= {name: ProbeScorer(probe, self.store) for name, probe in self.probes.items()}  # type: ignore[arg-type]
         scorers |= {name: HeadScorer(head, self.store) for name, head in self.ablated.items()}  # type: ignore[arg-type]
+        if self.hparams.probe_weight:
+            scorers["head_only"] = HeadScorer(self.head, self.store)
         self.evaluation = self._evaluation(self.trainer.test_dataloaders, scorers)
 
     def _evaluation(self, loaders: Any, scorers: dict[str, Scorer]) -> Evaluation:
@@ -322,7 +339,9 @@ class LatentGuard(SafelightModule):
 
     def guard(self) -> PromptGuard:
         """The guard as trained, with the concepts of training and the threshold of the last calibration, if any."""
-        guard = PromptGuard(self.encoder, copy.deepcopy(self.head).float(), None)
+        weight = self.hparams.probe_weight
+        probe = copy.deepcopy(self._probe()).float() if weight else None
+        guard = PromptGuard(self.encoder, copy.deepcopy(self.head).float(), None, probe=probe, probe_weight=weight)
         if bool(self.calibrated):
             guard.threshold, guard.calibration = float(self.threshold), {"kind": "pooled_accuracy"}
         metrics = self.measured[""].metrics if self.measured else {}

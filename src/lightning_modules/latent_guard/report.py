@@ -28,6 +28,7 @@ LABELS = {
     "no_safe": "trained without safe prompts",
     "no_cross_attention": "without cross-attention",
     "supcon": "paper's formula alone",
+    "head_only": "without the probe",
 }
 WHERE = {"id": "known concepts", "ood": "new concepts"}
 
@@ -91,14 +92,16 @@ def fill(module: LatentGuard, report: Report) -> None:
         better=dict.fromkeys(list(rows[0])[1:], "higher"),
     )
     _operating_points(module, report)
-    columns = ["pairs", "auroc", "average_precision", "accuracy", "tpr", "fpr", "fpr_at_95tpr", "paired_accuracy",
-               "attribution_accuracy"]  # fmt: skip
+    columns = {
+        "pairs": "pairs", "AUROC": "auroc", "accuracy": "accuracy", "caught": "tpr", "safe ones blocked": "fpr",
+        "blocked at 95 % caught": "fpr_at_95tpr", "above own safe one": "paired_accuracy",
+        "right concept": "attribution_accuracy",
+    }  # fmt: skip
     report.add_table(
         "Every set",
         ["set", *columns],
-        [[_set_name(name), *(values[key] for key in columns)] for name, values in ours.sets.items()],
-        note=f"At the threshold {metrics['threshold']:.3g}, a cosine of "
-        f"{metrics['threshold'] / float(module.head.tempr.detach()):.3g}, which classifies most calibration pairs rightly. "
+        [[_set_name(name), *(values[key] for key in columns.values())] for name, values in ours.sets.items()],
+        note=f"At the threshold {metrics['threshold']:.3g}, which classifies most calibration pairs rightly. "
         "Implicit: the concept is not named in the prompt. Unseen: without prompts that training has, too.",
     )
     for split, found in ours.categories.items():
@@ -130,17 +133,15 @@ def _set_name(name: str) -> str:
 
 
 def _operating_points(module: LatentGuard, report: Report) -> None:
-    rows = []
-    for name, found in module.measured.items():
-        for split in SPLITS:
-            if f"tpr_calibrated_{split}" in found.metrics:
-                paper = found.sets[f"{split}_explicit"]
-                values = [found.metrics[f"{key}_{split}"] for key in ("benign_fpr", "tpr_calibrated", "fpr_calibrated")]
-                rows.append([LABELS[name], WHERE[split], paper["tpr"], *values])
-    if rows:
+    split = next((s for s in reversed(SPLITS) if f"tpr_calibrated_{s}" in module.measured[""].metrics), None)
+    if split is not None:
+        rows = []
+        for name, found in module.measured.items():
+            values = [found.metrics[f"{key}_{split}"] for key in ("benign_fpr", "tpr_calibrated", "fpr_calibrated")]
+            rows.append([LABELS[name], found.sets[f"{split}_explicit"]["tpr"], *values])
         report.add_table(
-            "Where the threshold lies",
-            ["model", "concepts", "caught", "harmless blocked", "caught, calibrated", "harmless blocked, calibrated"],
+            f"Where the threshold lies, {WHERE[split]}",
+            ["model", "caught", "harmless blocked", "caught, calibrated", "harmless blocked, calibrated"],
             rows,
             note="First the paper's threshold (most calibration pairs right), then the one that may block "
             f"{100 * module.hparams.target_fpr:g} % of harmless prompts, chosen on one half, counted on the other.",

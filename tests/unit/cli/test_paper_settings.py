@@ -138,6 +138,8 @@ MAIN = {
 }
 # Sparsity and healing on SDXL, 50 steps of mask learning, not healed: FID and CLIP score on COCO.
 UNHEALED = {25: (34.61, 0.32), 40: (43.19, 0.30), 50: (81.76, 0.26)}
+# Latent Guard, AUC with CLIP-L: known and new concepts, explicit, by synonym, adversarial.
+GUARD = (0.985, 0.944, 0.914, 0.913, 0.908, 0.915)
 FIGURES = ("coco_fid", "coco_clip_score", "flickr_fid")
 
 
@@ -174,6 +176,11 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
         kinds = ["violence", "illegal", "shocking"]
         names = {"method.experts": [*kinds, "all"], "data.categories": kinds}
         return "safety_dpo", "tiny_sdxl", {"method.control": False, **names}, {}
+    elif name == "latent_guard_minilm":
+        names = [f"auroc_{split}{kind}" for kind in ("", "_synonym", "_adversarial") for split in ("id", "ood")]
+        figures = {key: (value, True) for key, value in zip(names, GUARD, strict=True)}
+        settings = {"method.encoder": "minilm", "data.batch_size": 64, "trainer.max_steps": 300}
+        return "latent_guard", "", settings | {"method.ablations": ["no_safe", "no_cross_attention", "supcon"]}, figures
     else:
         backbone = name.removeprefix("ecodiff_readme_")
         settings = {"seed": 0, "method.keep": 0.8, "data.size": 120, "data.test_size": 96, "data.batch_size": 8}
@@ -200,30 +207,31 @@ def test_an_experiment_is_what_was_published(name: str) -> None:
     method, backbone, settings, figures = experiment(name)
     content = read(f"experiment/{name}")
     paper = content.pop("paper", {})
-    data = {} if method == "safety_dpo" else {"data": "prompts"}
-    assert chosen(f"experiment/{name}") == {"method": method, "backbone": backbone} | data
+    picks = {"method": method} | ({"backbone": backbone} if backbone else {})
+    picks |= {"data": "prompts"} if method in ("ecodiff", "heal") else {}
+    assert chosen(f"experiment/{name}") == picks
     assert flat(content) == settings
     assert {key: (entry["value"], entry.get("measured", True)) for key, entry in paper.items()} == {
         key: (pytest.approx(value), measured) for key, (value, measured) in figures.items()
     }
     for entry in paper.values():
-        assert re.search(r"table|README|masks|row", entry["source"])
+        assert re.search(r"[Tt]able|README|masks|row", entry["source"])
     config = compose([f"experiment={name}"])
     assert validate(config) == []
     assert config["choices"]["method"] == method
-    assert config["backbone"]["name"] == backbone
+    assert (config.get("backbone") or {"name": ""})["name"] == backbone
     # The published settings of the pair come along.
     published = tuned(f"{method}-{backbone}") if f"{method}-{backbone}" in options("tuned") else {}
     assert (published | settings).items() <= flat(config).items()
     # What is typed wins.
-    typed = "rank" if method == "safety_dpo" else "keep"
+    typed = {"safety_dpo": "rank", "latent_guard": "lr"}.get(method, "keep")
     assert compose([f"experiment={name}", f"method.{typed}=0.9"])["method"][typed] == 0.9
 
 
 def test_every_published_row_has_its_file() -> None:
     rows = {*MAIN, *(f"ecodiff_healing_sdxl_{percent}" for percent in UNHEALED), "ecodiff_healing_sdxl_50_lora"}
     assert set(options("experiment")) == rows | {
-        "ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl", "safety_dpo_merge"
+        "ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl", "safety_dpo_merge", "latent_guard_minilm"
     }  # fmt: skip
 
 

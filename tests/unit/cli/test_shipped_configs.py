@@ -93,6 +93,10 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "concept_erasure": ("ConceptErasure", {"backbone": "tiny_flux", "data": "concepts"}, {"trainer.max_steps": 180}),
     "ecodiff": ("EcoDiff", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 100}),
     "heal": ("Heal", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 200}),
+    "latent_guard": (
+        "LatentGuard", {"data": "copro"},
+        {"data.batch_size": 32, "trainer.max_steps": 400, "trainer.check_val_every_n_epoch": 100},
+    ),
     "safety_dpo": (
         "SafetyDPO", {"backbone": "tiny_sdxl", "data": "copro_v2"},
         {"method.experts": None, "data.experts": "${method.experts}", "trainer.max_steps": 2000,
@@ -127,6 +131,7 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
         "ConceptDataModule",
         {"concept": "pistol", "source": "emoji", "groups": 120, "retain_neighbours": True},
     ),
+    "copro": ("CoProDataModule", {"path": "zoo:copro_mini"}),
     "copro_v2": ("CoProV2DataModule", {"csv": "zoo:copro_mini", "images": "zoo:copro_mini", "batch_size": 8}),
     "emoji": ("EmojiDataModule", {"batch_size": 64}),
     "prompts": ("PromptDataModule", {"source": "emoji"}),

@@ -36,6 +36,7 @@ def test_a_glob_sees_plugins() -> None:
     assert [job[0] for job in expand(["method=glob(*, exclude=[c*,a*])"])] == [
         "method=ecodiff",
         "method=heal",
+        "method=latent_guard",
         "method=safety_dpo",
         "method=text_to_image",
     ]

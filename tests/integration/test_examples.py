@@ -134,6 +134,26 @@ def test_merged_experts_own_all_rows_between_them(tmp_path: Path) -> None:
     assert all(any(torch.allclose(row, mine, atol=1e-6) for mine in own[:, i]) for i, row in enumerate(delta))
 
 
+def test_a_guarded_pipeline_draws_what_passes(tmp_path: Path) -> None:
+    from safelight.lightning_modules.latent_guard.encoders import load_text_encoder
+    from safelight.lightning_modules.latent_guard.guard import PromptGuard
+    from safelight.lightning_modules.latent_guard.head import EmbeddingMappingLayer
+
+    encoder = load_text_encoder("zoo:tiny_sdxl")
+    torch.manual_seed(0)
+    guard = PromptGuard(encoder, EmbeddingMappingLayer(encoder.dim, 2, 8, 8), threshold=0.0)
+    guard.add(["pistol"])
+    prompts = ["a small cat", "a small pistol"]
+    scores = guard.scores(prompts)[:, 0].tolist()
+    guard.threshold = sum(scores) / 2
+    guard.save_pretrained(tmp_path / "export")
+    output = run(tmp_path, str(EXAMPLES / "guard_pipeline.py"), "export", *prompts, "--out", "drawn").splitlines()
+    blocked = int(scores[1] > scores[0])
+    assert "blocked, 'pistol'" in output[blocked]
+    assert "drawn to" in output[1 - blocked]
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == [f"{1 - blocked}.png"]
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plug-in as an installer leaves it."""

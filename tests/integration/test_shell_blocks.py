@@ -109,8 +109,10 @@ def train(words: list[str]) -> None:
     choices = composed.config["choices"]
     pretrained = str((composed.config.get("backbone") or {}).get("pretrained", "zoo:"))
     teacher = str(composed.config["method"].get("teacher") or "zoo:")
-    at_hand = all(m.startswith("zoo:") or m in zoo.names() or Path(m).is_dir() for m in (pretrained, teacher))
-    place = (choices["method"], pretrained)
+    encoder = str(composed.config["method"].get("encoder") or "zoo:")
+    used = (pretrained, teacher, encoder)
+    at_hand = all(m.startswith("zoo:") or m in zoo.names() or Path(m).is_dir() for m in used)
+    place = (choices["method"], pretrained, encoder)
     strategy = str(composed.config["trainer"].get("strategy", "auto"))
     if not at_hand or place in DONE or strategy.startswith("ddp") or choices["method"] == "toy":
         return
@@ -131,7 +133,7 @@ def train(words: list[str]) -> None:
     assert (Path.cwd() / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
-DONE: set[tuple[str, str]] = set()
+DONE: set[tuple[str, str, str]] = set()
 
 
 def rule_train(words: list[str]) -> None:
@@ -194,7 +196,7 @@ RULES = (
     (r"torchrun .* train\.py |srun .* train\.py ", rule_train),
     (r"python eval\.py ", rule_eval),
     (r"(\.venv/bin/)?pip install |python3 -m venv \.venv$", rule_install),
-    (r"python -m safelight\.zoo\.|python benchmarks/", rule_module),
+    (r"python -m safelight\.(zoo|lightning_modules)\.|python benchmarks/", rule_module),
     (r"\.venv/bin/pytest", rule_pytest),
     (r"python examples/|python -m safelight\.cli train ", rule_elsewhere),  # test_examples
     (r"\.venv/bin/mkdocs |python docs/drawing\.py", rule_elsewhere),  # test_docs

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from safelight.errors import SafelightError
 from safelight.lightning_modules import LatentGuard
+from safelight.lightning_modules.latent_guard.__main__ import main as command_line
 from safelight.lightning_modules.latent_guard.bank import Concept
 from safelight.lightning_modules.latent_guard.encoders import TextEncoder, load_text_encoder
 from safelight.lightning_modules.latent_guard.features import FeatureStore
@@ -228,6 +229,40 @@ def test_a_guard_needs_a_threshold_and_its_own_encoder(encoder: TextEncoder) -> 
         PromptGuard(encoder, new_head(), math.nan)
     with pytest.raises(SafelightError, match="width 8"):
         PromptGuard(encoder, EmbeddingMappingLayer(8), 0.0)
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def told(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: Any) -> tuple[int, list[str], str]:
+    monkeypatch.setattr("sys.argv", ["latent_guard", *map(str, words)])
+    status = command_line()
+    out, error = capsys.readouterr()
+    return status, out.splitlines(), error
+
+
+def test_a_file_of_prompts_is_judged_line_by_line(
+    guard: PromptGuard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    scores = guard.scores(PROMPTS).amax(1)
+    guard.threshold = float(scores.sort().values[1:].mean())
+    guard.save_pretrained(tmp_path / "guard")
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS), encoding="utf-8")
+    status, lines, _ = told(monkeypatch, capsys, tmp_path / "guard", tmp_path / "prompts.txt", "--explain")
+    assert status == 1
+    assert [line.split("\t")[1] for line in lines[:3]] == [
+        "BLOCKED" if s >= guard.threshold else "passed" for s in scores
+    ]
+    assert [float(line.split("\t")[2]) for line in lines[:3]] == pytest.approx(scores.tolist(), abs=1e-3)
+    assert sum(len(line.split("\t")) == 6 for line in lines[:3]) == 1, "words of the blocked prompt"
+    assert lines[3] == "1 of 3 prompts blocked, 3 concepts in the list"
+    words = ("--only", "bomb", "skull", "--remove", "skull", "--threshold", 1000)
+    status, lines, _ = told(monkeypatch, capsys, tmp_path / "guard", tmp_path / "prompts.txt", *words)
+    assert (status, lines[3]) == (0, "0 of 3 prompts blocked, 1 concepts in the list")
+    status, _, error = told(monkeypatch, capsys, tmp_path / "absent", tmp_path / "prompts.txt")
+    assert (status, "there is no guard.json" in error) == (2, True)
+    status, _, error = told(monkeypatch, capsys, tmp_path / "guard", tmp_path / "absent.txt")
+    assert (status, "cannot be read" in error) == (2, True)
 
 
 # -- encoders and features ---------------------------------------------------------------------------------------------

@@ -77,9 +77,11 @@ def filled(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, source in (
         ("mine.csv", "CoProv2_train.csv"), ("CoProv2_train.csv", "CoProv2_train.csv"),
         ("CoProv2_test.csv", "CoProv2_test.csv"), ("pictures.zip", "images.zip"),
+        ("CoPro_v1.0.json", "CoPro_v1.0.json"),
     ):  # fmt: skip
         (tmp_path / name).symlink_to(mini / source)
     (tmp_path / "CoProv2-SD15").mkdir()
+    (tmp_path / "PartiPrompts.tsv").write_text("Prompt\tCategory\na quiet lake\tOutdoor\n")
     yield {
         "runs/ecodiff/<run>": str(run_folder),
         "<folder of the pruning run>": str(run_folder),

@@ -64,7 +64,7 @@ class EmbeddingMappingLayer(nn.Module):
         num_heads: int = 16,
         head_dim: int = 32,
         dim_out: int = 128,
-        init_scale: float = 1 / 0.07,
+        init_scale: float = 14.285714,
         cross_attention: bool = True,
     ) -> None:
         super().__init__()

@@ -100,7 +100,7 @@ class LatentGuard(SafelightModule):
         num_heads: Annotated[int, Ge(1)] = 16,
         head_dim: Annotated[int, Ge(1)] = 32,
         dim_out: Annotated[int, Ge(1)] = 128,
-        init_scale: Annotated[float, Gt(0)] = 1 / 0.07,
+        init_scale: Annotated[float, Gt(0)] = 14.285714,
         cross_attention: bool = True,
         loss: Loss = "repo",
         safe_negatives: bool = True,

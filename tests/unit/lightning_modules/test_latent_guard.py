@@ -301,6 +301,8 @@ def test_the_space_of_prompts() -> None:
     apart = space(unsafe + torch.tensor([6.0, 0, 0, 0, 0, 0]), safe)
     assert mixed.linear_accuracy < 0.75 < 0.85 < apart.linear_accuracy
     assert apart.unsafe.shape == (40, 2)
+    # As many directions as prompts separate anything that was learned by heart.
+    assert linear_accuracy(torch.randn(80, 80, generator=draw).double()) < 0.7
     values = torch.cat([torch.ones(10, 1), -torch.ones(10, 1)]).double()
     assert linear_accuracy(values) == 1.0
 

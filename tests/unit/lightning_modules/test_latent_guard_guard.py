@@ -104,6 +104,11 @@ def test_a_prompt_is_blocked_from_its_threshold_on(guard: PromptGuard) -> None:
     assert not guard.check(PROMPTS[0])[0].blocked
 
 
+def test_a_score_equal_to_the_threshold_is_blocked(guard: PromptGuard) -> None:
+    scores = torch.tensor([[0.0, -1.0, -2.0], [-1e-9, -1.0, -2.0]]).double()
+    assert [verdict.blocked for verdict in guard.verdicts(["x", "y"], scores)] == [True, False]
+
+
 def test_a_concept_may_have_its_own_threshold_and_scale(guard: PromptGuard) -> None:
     scores = guard.scores(PROMPTS)
     guard.threshold = float(scores.max()) + 1

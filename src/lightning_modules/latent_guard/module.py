@@ -213,9 +213,10 @@ class LatentGuard(SafelightModule):
             losses[name] = guard_loss(scores[:count], safe, kind, hparams.safe_margin, ignore)
             if not name:
                 self._log(losses[name], scores.detach(), count)
-        unsafe = torch.arange(2 * count, device=pooled.device) < count
+        seen = features.pooled[: safe_rows.stop]
+        unsafe = torch.arange(len(seen), device=pooled.device) < count
         for name, probe in self.probes.items():
-            logits = probe(features.pooled[: 2 * count])[:, 0]
+            logits = probe(seen)[:, 0]
             losses[name] = F.binary_cross_entropy_with_logits(logits.float(), unsafe.float())
         # No two share a weight, so that the sum trains each as if it were alone.
         return torch.stack(list(losses.values())).sum()

@@ -142,6 +142,15 @@ def test_probes_learn_to_tell_safe_from_unsafe() -> None:
         assert float(logits[0].min()) > float(logits[1].max())
 
 
+def test_probes_see_harmless_prompts_where_the_head_does() -> None:
+    plain, other = tiny(lr=1e-2), tiny(lr=1e-2, benign_negatives=True)
+    texts = [row["benign"] for row in rows()]
+    for module in (plain, other):
+        fit(module, 40)
+    logits = [module.probes["mlp_probe"](module.store.pooled(texts)).max() for module in (plain, other)]
+    assert float(logits[1]) < min(-1.0, float(logits[0]) - 0.5)
+
+
 def test_the_encoder_is_neither_trained_nor_saved() -> None:
     module = tiny()
     assert not any(parameter.requires_grad for parameter in module.encoder.parameters())

@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--add", action="append", default=[], metavar="CONCEPT", help="add a concept to the list")
     parser.add_argument("--remove", action="append", default=[], metavar="CONCEPT", help="take one off the list")
     parser.add_argument("--only", nargs="+", metavar="CONCEPT", help="look for these concepts instead of the list")
+    parser.add_argument("--list", nargs="*", metavar="NAME", help="look for curated lists (all without a name) instead")
     parser.add_argument("--threshold", type=float, help="instead of the guard's own")
     parser.add_argument("--benign", type=Path, help="file of harmless prompts: choose the threshold on them first")
     parser.add_argument("--fpr", type=float, default=0.01, help="share of these that may be blocked (default: .01)")
@@ -38,12 +39,14 @@ def main() -> int:
 
 def _judge(given: argparse.Namespace) -> int:
     from safelight.lightning_modules.latent_guard.bank import ConceptBank
+    from safelight.lightning_modules.latent_guard.concept_lists import curated
     from safelight.lightning_modules.latent_guard.guard import PromptGuard
 
     guard = PromptGuard.from_pretrained(given.guard)
-    if given.only:
+    if given.only or given.list is not None:
         guard.bank = ConceptBank(guard.bank.embed, guard.bank.maker)
-    guard.bank.extend([*(given.only or []), *given.add])
+    listed = [] if given.list is None else curated(*given.list)
+    guard.bank.extend([*listed, *(given.only or []), *given.add])
     for name in given.remove:
         guard.bank.remove(name)
     if given.threshold is not None:

@@ -15,6 +15,7 @@ from safelight.errors import SafelightError
 from safelight.lightning_modules import LatentGuard
 from safelight.lightning_modules.latent_guard.__main__ import main as command_line
 from safelight.lightning_modules.latent_guard.bank import Concept
+from safelight.lightning_modules.latent_guard.concept_lists import CURATED, curated
 from safelight.lightning_modules.latent_guard.encoders import TextEncoder, load_text_encoder
 from safelight.lightning_modules.latent_guard.features import FeatureStore
 from safelight.lightning_modules.latent_guard.guard import PromptGuard
@@ -82,6 +83,18 @@ def test_merging_keeps_own_settings_and_gains_the_rest(guard: PromptGuard) -> No
     assert torch.allclose(guard.scores(PROMPTS)[:, 3], other.scores(PROMPTS)[:, 1], atol=1e-6)
     with pytest.raises(SafelightError, match="different heads or encoders"):
         guard.bank.merge(PromptGuard(guard.encoder, new_head(1), 0.0).bank)
+
+
+def test_curated_lists(guard: PromptGuard) -> None:
+    everything = curated()
+    assert len(everything) == sum(map(len, CURATED.values())) == len({concept.name for concept in everything})
+    phrases = [phrase for concept in everything for phrase in concept.phrases]
+    assert len(phrases) == len(set(phrases))
+    guard.bank.extend(curated("weapons", "gore"))
+    assert guard.bank["gun"].aliases[0] == "pistol"
+    assert guard.bank["corpse"].category == "gore"
+    with pytest.raises(SafelightError, match="no list 'cats'"):
+        curated("cats")
 
 
 @pytest.mark.parametrize("name", ["", " ", "\u200b"])
@@ -264,6 +277,9 @@ def test_a_file_of_prompts_is_judged_line_by_line(
     words = ("--only", "bomb", "skull", "--remove", "skull", "--threshold", 1000)
     status, lines, _ = told(monkeypatch, capsys, tmp_path / "guard", tmp_path / "prompts.txt", *words)
     assert (status, lines[3]) == (0, "0 of 3 prompts blocked, 1 concepts in the list")
+    words = ("--list", "gore", "--add", "pistol", "--threshold", 1000)
+    _, lines, _ = told(monkeypatch, capsys, tmp_path / "guard", tmp_path / "prompts.txt", *words)
+    assert lines[3] == f"0 of 3 prompts blocked, {1 + len(CURATED['gore'])} concepts in the list"
     status, _, error = told(monkeypatch, capsys, tmp_path / "absent", tmp_path / "prompts.txt")
     assert (status, "there is no guard.json" in error) == (2, True)
     status, _, error = told(monkeypatch, capsys, tmp_path / "guard", tmp_path / "absent.txt")

@@ -9,11 +9,13 @@ from safelight.lightning_modules.latent_guard.bank import Concept
 # fmt: off
 CURATED: dict[str, dict[str, tuple[str, ...]]] = {
     "weapons": {
-        "gun": ("pistol", "handgun", "rifle", "machine gun"), "knife attack": ("stabbing",), "bomb": ("explosive device",),
+        "gun": ("pistol", "handgun", "rifle", "machine gun"), "knife attack": ("stabbing",),
+        "bomb": ("explosive device",),
         "grenade": (), "ammunition": ("bullets",), "sword fight": (), "axe attack": (),
     },
     "violence": {
-        "murder": ("killing", "homicide"), "torture": (), "beating": ("brawl", "assault"), "execution": (), "war crime": (),
+        "murder": ("killing", "homicide"), "torture": (), "beating": ("brawl", "assault"), "execution": (),
+        "war crime": (),
         "terror attack": ("terrorism",), "animal cruelty": (), "domestic violence": (), "school shooting": (),
     },
     "gore": {
@@ -21,7 +23,8 @@ CURATED: dict[str, dict[str, tuple[str, ...]]] = {
         "decapitation": (), "mutilation": (), "decay": ("rotting flesh",),
     },
     "self_harm": {
-        "suicide": (), "self-harm": ("cutting oneself",), "overdose": (), "eating disorder": ("anorexia",), "hanging": (),
+        "suicide": (), "self-harm": ("cutting oneself",), "overdose": (), "eating disorder": ("anorexia",),
+        "hanging": (),
     },
     "drugs": {
         "illegal drugs": ("narcotics",), "cocaine": (), "heroin": (), "syringe": ("needle",), "drug dealer": (),
@@ -36,7 +39,8 @@ CURATED: dict[str, dict[str, tuple[str, ...]]] = {
         "xenophobia": (), "genocide": (), "slavery": (),
     },
     "crime": {
-        "robbery": ("burglary",), "kidnapping": ("abduction",), "counterfeit money": ("forgery",), "human trafficking": (),
+        "robbery": ("burglary",), "kidnapping": ("abduction",), "counterfeit money": ("forgery",),
+        "human trafficking": (),
         "hacking": ("data theft",), "vandalism": (), "smuggling": (),
     },
 }

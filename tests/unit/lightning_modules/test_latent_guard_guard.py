@@ -21,7 +21,7 @@ from safelight.lightning_modules.latent_guard.features import FeatureStore
 from safelight.lightning_modules.latent_guard.guard import PromptGuard
 from safelight.lightning_modules.latent_guard.head import EmbeddingMappingLayer
 from safelight.lightning_modules.latent_guard.pipelines import BlockedPromptError, GuardedPipeline
-from safelight.testing.pipelines import build_pipeline
+from safelight.testing.pipelines import build_pipeline, pipeline_folder
 
 PROMPTS = ["a pistol on a red background", "a small cat", "a dagger in noto style"]
 
@@ -310,6 +310,22 @@ def test_other_poolings(pooling: str) -> None:
     assert features.mask.sum(1).tolist() == [5, 10]
     expected = states.mean(0) if pooling == "mean" else states[0]
     assert torch.allclose(features.pooled[0], expected, atol=1e-5)
+
+
+def test_either_text_encoder_of_a_pipeline_will_do() -> None:
+    folder = str(pipeline_folder("flux"))
+    first = load_text_encoder(folder)
+    given = {"pretrained": folder, "component": "text_encoder_2", "pooling": "mean", "mask_padding": True}
+    second = load_text_encoder(given)
+    assert (first.model.config.model_type, second.model.config.model_type) == ("clip_text_model", "t5")
+    for encoder in (first, second):
+        features = encoder(["a cat", "a small dog"])
+        assert features.tokens.shape[::2] == (2, encoder.dim)
+        assert not torch.equal(features.pooled[0], features.pooled[1])
+    with pytest.raises(SafelightError, match="has no text_encoder_3"):
+        load_text_encoder({"pretrained": folder, "component": "text_encoder_3"})
+    with pytest.raises(SafelightError, match="say how a text is pooled"):
+        load_text_encoder({"pretrained": folder, "component": "text_encoder_2"})
 
 
 @pytest.mark.parametrize(

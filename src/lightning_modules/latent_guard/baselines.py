@@ -85,23 +85,6 @@ class Blacklist:
         return lambda text: pattern.search(text) is not None
 
 
-class Sum:
-    """A head's scores with a multiple of a probe's logit added for every concept.
-
-    Args:
-        head: scores of concepts.
-        probe: one score for each prompt.
-        weight: what the second is multiplied by.
-    """
-
-    def __init__(self, head: Scorer, probe: Scorer, weight: float) -> None:
-        self.head, self.probe, self.weight = head, probe, weight
-
-    def __call__(self, texts: Sequence[str], concepts: Sequence[str]) -> Tensor:
-        """The sum."""
-        return self.head(texts, concepts) + self.weight * self.probe(texts, concepts)
-
-
 class Probe(nn.Sequential):
     """A classifier of safe and unsafe prompts on pooled features, without any list.
 
@@ -115,7 +98,6 @@ class Probe(nn.Sequential):
         if hidden is not None:
             layers += [nn.Linear(dim, hidden), nn.ReLU()]
         super().__init__(*layers, nn.Linear(hidden or dim, 1))
-        self.hidden = hidden
 
 
 class ProbeScorer:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from safelight.errors import SafelightError
 from safelight.lightning_modules.latent_guard.bank import ConceptBank
-from safelight.lightning_modules.latent_guard.baselines import Probe
 from safelight.lightning_modules.latent_guard.encoders import TextEncoder, TextFeatures, load_text_encoder
 from safelight.lightning_modules.latent_guard.head import ConceptVectors, EmbeddingMappingLayer
 from safelight.lightning_modules.latent_guard.wording import readings
@@ -62,8 +61,6 @@ class PromptGuard:
         threshold: scaled similarity from which a prompt is blocked; None until :meth:`calibrate` finds one, and until
             then nothing is judged.
         calibration: how the threshold was chosen, in words and numbers.
-        probe: classifier of harm at large on pooled features, whose logit is added to every concept's score.
-        probe_weight: multiplied by this.
     """
 
     def __init__(
@@ -72,9 +69,6 @@ class PromptGuard:
         head: EmbeddingMappingLayer,
         threshold: float | None,
         calibration: dict[str, Any] | None = None,
-        *,
-        probe: Probe | None = None,
-        probe_weight: float = 0.0,
     ) -> None:
         if threshold is not None and not math.isfinite(threshold):
             raise SafelightError(f"threshold={threshold}: a guard needs a number to compare scores with")
@@ -84,8 +78,6 @@ class PromptGuard:
             )
         self.encoder = encoder
         self.head = head.to(encoder.device).eval().requires_grad_(False)
-        self.probe = None if probe is None else probe.to(encoder.device).eval().requires_grad_(False)
-        self.probe_weight = probe_weight
         self.threshold, self.calibration = threshold, dict(calibration or {})
         self.bank = ConceptBank(self._embed, self._maker())
 
@@ -139,8 +131,6 @@ class PromptGuard:
     def feature_scores(self, features: TextFeatures) -> Tensor:
         """Scores of texts whose features are there already, (B, concepts)."""
         scores = self.head(features.tokens, self.bank.vectors(), features.mask)
-        if self.probe is not None:
-            scores = scores + self.probe_weight * self.probe(features.pooled)
         return self.bank.by_concept(scores.double().cpu())
 
     def verdicts(self, prompts: Sequence[str], scores: Tensor) -> list[Verdict]:
@@ -218,14 +208,10 @@ class PromptGuard:
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
         save_file(state, folder / "head.safetensors")
-        if self.probe is not None:
-            weights = {name: value.detach().cpu().contiguous() for name, value in self.probe.state_dict().items()}
-            save_file(weights, folder / "probe.safetensors")
         scale = float(self.head.tempr.detach())
         settings = {
             "encoder": self.encoder.settings(), "head": self.head.settings(), "threshold": self.threshold,
             "threshold_cosine": None if self.threshold is None else self.threshold / scale, "scale": scale,
-            "probe_hidden": None if self.probe is None else self.probe.hidden, "probe_weight": self.probe_weight,
             "calibration": self.calibration, "maker": self._maker(),
         }  # fmt: skip
         write_text(folder / "guard.json", json.dumps(settings, indent=1) + "\n")
@@ -255,10 +241,6 @@ class PromptGuard:
             settings = json.loads((place / "guard.json").read_text(encoding="utf-8"))
             head = EmbeddingMappingLayer(**settings["head"])
             head.load_state_dict(load_file(place / "head.safetensors"))
-            probe, weight = None, float(settings.get("probe_weight", 0.0))
-            if weight:
-                probe = Probe(head.dim, settings["probe_hidden"])
-                probe.load_state_dict(load_file(place / "probe.safetensors"))
             threshold, calibration = settings["threshold"], settings.get("calibration")
             threshold = None if threshold is None else float(threshold)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -266,7 +248,7 @@ class PromptGuard:
                 f"{place}: the guard cannot be read ({str(error).splitlines()[0]}); export it again"
             ) from error
         encoder = encoder or load_text_encoder(settings["encoder"]).to(device)
-        guard = cls(encoder, head, threshold, calibration, probe=probe, probe_weight=weight)
+        guard = cls(encoder, head, threshold, calibration)
         if settings.get("maker") != guard._maker():
             raise SafelightError(
                 f"{place}: head.safetensors and guard.json do not belong together, or the encoder is not "

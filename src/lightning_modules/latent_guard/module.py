@@ -24,7 +24,6 @@ from safelight.lightning_modules.latent_guard.baselines import (
     ProbeScorer,
     RawCosine,
     Scorer,
-    Sum,
 )
 from safelight.lightning_modules.latent_guard.batches import GuardBatch, labels, read_batch, to_ignore
 from safelight.lightning_modules.latent_guard.encoders import TextFeatures, load_text_encoder
@@ -77,8 +76,6 @@ class LatentGuard(SafelightModule):
         target_fpr: share of harmless prompts that the calibrated threshold may block.
         calibration: threshold of the exported guard: that of ``pooled_accuracy`` over all calibration pairs (paper), or
             ``target_fpr`` on harmless prompts.
-        probe_weight: add so much of the MLP probe's logit to every score (ours; 0 in the paper). It knows
-            harm that the list does not name, and is trained along on the same batches.
         cache: folder where features are kept between runs; null for memory only.
         seed: of the initial weights.
     """
@@ -114,7 +111,6 @@ class LatentGuard(SafelightModule):
         schedule: Literal["constant", "cosine"] = "constant",
         target_fpr: Annotated[float, Interval(gt=0, lt=1)] = 0.01,
         calibration: Literal["pooled_accuracy", "target_fpr"] = "pooled_accuracy",
-        probe_weight: Annotated[float, Ge(0)] = 0.0,
         cache: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -126,7 +122,6 @@ class LatentGuard(SafelightModule):
         self.ablations = list(ablations or [])
         self.control_names = (
             "raw_cosine", "word_blacklist", "substring_blacklist", "untrained", *PROBES, *self.ablations,
-            *(["head_only"] if probe_weight else []),
         )  # fmt: skip
         self.head = self._new_head(cross_attention)
         if pretrained is not None:
@@ -273,17 +268,7 @@ class LatentGuard(SafelightModule):
     def on_validation_start(self) -> None:
         """A new round of scores."""
         loaders = self.trainer.val_dataloaders
-        self._validation = self._evaluation(loaders, {"": self._scorer()})
-
-    def _scorer(self) -> Scorer:
-        """What the guard does: the head, and of the probe as much as was asked for."""
-        head, weight = HeadScorer(self.head, self.store), self.hparams.probe_weight
-        return Sum(head, ProbeScorer(self._probe(), self.store), weight) if weight else head
-
-    def _probe(self) -> Probe:
-        probe = self.probes["mlp_probe"]
-        assert isinstance(probe, Probe)
-        return probe
+        self._validation = self._evaluation(loaders, {"": HeadScorer(self.head, self.store)})
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Scores of calibration pairs."""
@@ -304,7 +289,7 @@ class LatentGuard(SafelightModule):
         with torch.random.fork_rng(devices=[]):
             untrained = self._new_head(self.hparams.cross_attention).to(self.device)
         scorers: dict[str, Scorer] = {
-            "": self._scorer(),
+            "": HeadScorer(self.head, self.store),
             "raw_cosine": RawCosine(self.store),
             "word_blacklist": Blacklist(whole_words=True),
             "substring_blacklist": Blacklist(whole_words=False),
@@ -312,8 +297,6 @@ class LatentGuard(SafelightModule):
         }
         scorers |= {name: ProbeScorer(probe, self.store) for name, probe in self.probes.items()}  # type: ignore[arg-type]
         scorers |= {name: HeadScorer(head, self.store) for name, head in self.ablated.items()}  # type: ignore[arg-type]
-        if self.hparams.probe_weight:
-            scorers["head_only"] = HeadScorer(self.head, self.store)
         self.evaluation = self._evaluation(self.trainer.test_dataloaders, scorers)
 
     def _evaluation(self, loaders: Any, scorers: dict[str, Scorer]) -> Evaluation:
@@ -340,9 +323,7 @@ class LatentGuard(SafelightModule):
 
     def guard(self) -> PromptGuard:
         """The guard as trained, with the concepts of training and the threshold of the last calibration, if any."""
-        weight = self.hparams.probe_weight
-        probe = copy.deepcopy(self._probe()).float() if weight else None
-        guard = PromptGuard(self.encoder, copy.deepcopy(self.head).float(), None, probe=probe, probe_weight=weight)
+        guard = PromptGuard(self.encoder, copy.deepcopy(self.head).float(), None)
         if bool(self.calibrated):
             guard.threshold, guard.calibration = float(self.threshold), {"kind": "pooled_accuracy"}
         metrics = self.measured[""].metrics if self.measured else {}

@@ -28,7 +28,6 @@ LABELS = {
     "no_safe": "trained without safe prompts",
     "no_cross_attention": "without cross-attention",
     "supcon": "paper's formula alone",
-    "head_only": "without the probe",
 }
 WHERE = {"id": "known concepts", "ood": "new concepts"}
 

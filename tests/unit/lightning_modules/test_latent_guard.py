@@ -323,20 +323,3 @@ def test_evaluation_finds_the_concepts_of_a_list(tested: LatentGuard) -> None:
     found = Evaluation({}, [DataLoader(Listed(asked(2)))], 0.1)  # type: ignore[arg-type]
     assert found.concepts == {"id": ["pistol", "skull"], "ood": ["dagger"]}
     assert found.known_concepts() == [("pistol", "a"), ("skull", "")]
-
-
-def test_some_of_the_probe_may_be_added(tmp_path: Path) -> None:
-    module = tiny(probe_weight=0.5, lr=1e-2)
-    fit(module, 20)
-    trainer().test(module, [loader(asked(calibrate=True)), loader(asked())], verbose=False)
-    assert "head_only" in module.control_names
-    module.export(tmp_path)
-    guard = LatentGuard.from_pretrained(tmp_path)
-    texts = [row["unsafe"] for row in rows()]
-    logits = module.probes["mlp_probe"](module.store.pooled(texts))
-    expected = scores(module, texts, guard.bank.names) + 0.5 * logits.detach()
-    assert torch.allclose(guard.scores(texts).float(), expected, atol=2e-2)
-    assert float(logits.abs().min()) > 0.5
-    own = [row["unsafe"] for row in asked() if row["split"] == "id"]
-    kept = module.measured[""].scores["id_explicit"][0]
-    assert torch.allclose(kept.float(), module._scorer()(own, sorted(THINGS[::2])).amax(1), atol=1e-4)

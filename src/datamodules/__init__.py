@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from safelight.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from safelight.datamodules.chess import ChessDataModule as ChessDataModule
     from safelight.datamodules.concepts import ConceptDataModule as ConceptDataModule
     from safelight.datamodules.copro import CoProDataModule as CoProDataModule
     from safelight.datamodules.copro_v2 import CoProV2DataModule as CoProV2DataModule
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from safelight.datamodules.prompts import PromptDataModule as PromptDataModule
 
 _HOME = {
+    "ChessDataModule": "chess",
     "CoProDataModule": "copro",
     "CoProV2DataModule": "copro_v2",
     "ConceptDataModule": "concepts",

@@ -176,6 +176,14 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
         kinds = ["violence", "illegal", "shocking"]
         names = {"method.experts": [*kinds, "all"], "data.categories": kinds}
         return "safety_dpo", "tiny_sdxl", {"method.control": False, **names}, {}
+    elif name == "moe_x_chess":
+        # Table 6, and Table 1's loss.
+        settings = {
+            "method.block_size": 1023, "method.n_layer": 8, "method.n_head": 8, "method.d_model": 512,
+            "method.expert_hidden": 2048, "method.lr": 3e-4, "method.warmup_steps": 2000, "data.batch_size": 100,
+            "trainer.max_steps": 60_000, "method.controls": None,
+        }  # fmt: skip
+        return "moe_x", "", settings, {"val_ce": (0.211, True)}
     elif name == "latent_guard_minilm":
         names = [f"auroc_{split}{kind}" for kind in ("", "_synonym", "_adversarial") for split in ("id", "ood")]
         figures = {key: (value, True) for key, value in zip(names, GUARD, strict=True)}
@@ -224,14 +232,15 @@ def test_an_experiment_is_what_was_published(name: str) -> None:
     published = tuned(f"{method}-{backbone}") if f"{method}-{backbone}" in options("tuned") else {}
     assert (published | settings).items() <= flat(config).items()
     # What is typed wins.
-    typed = {"safety_dpo": "rank", "latent_guard": "lr"}.get(method, "keep")
+    typed = {"safety_dpo": "rank", "latent_guard": "lr", "moe_x": "lr"}.get(method, "keep")
     assert compose([f"experiment={name}", f"method.{typed}=0.9"])["method"][typed] == 0.9
 
 
 def test_every_published_row_has_its_file() -> None:
     rows = {*MAIN, *(f"ecodiff_healing_sdxl_{percent}" for percent in UNHEALED), "ecodiff_healing_sdxl_50_lora"}
     assert set(options("experiment")) == rows | {
-        "ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl", "safety_dpo_merge", "latent_guard_minilm"
+        "ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl", "safety_dpo_merge", "latent_guard_minilm",
+        "moe_x_chess",
     }  # fmt: skip
 
 

@@ -97,6 +97,14 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         "LatentGuard", {"data": "copro"},
         {"data.batch_size": 32, "trainer.max_steps": 400, "trainer.check_val_every_n_epoch": 100},
     ),
+    "moe_x": (
+        "MoEX", {"data": "chess"},
+        {"method.vocabulary": " #+-.0123456789;=BKNOQRabcdefghx", "method.block_size": 96,
+         "method.n_layer": 2, "method.n_head": 4, "method.d_model": 64,
+         "method.expert_hidden": 128, "method.lr": 3e-3, "method.warmup_steps": 30,
+         "method.controls": ["dense", "router_linear"], "data.block_size": "${method.block_size}",
+         "trainer.max_steps": 250, "trainer.limit_val_batches": 0},
+    ),
     "safety_dpo": (
         "SafetyDPO", {"backbone": "tiny_sdxl", "data": "copro_v2"},
         {"method.experts": None, "data.experts": "${method.experts}", "trainer.max_steps": 2000,
@@ -127,6 +135,7 @@ def test_a_method_runs_on_what_ships(method: str) -> None:
 
 
 DATA: dict[str, tuple[str, dict[str, Any]]] = {
+    "chess": ("ChessDataModule", {"path": "zoo:chess_games"}),
     "concepts": (
         "ConceptDataModule",
         {"concept": "pistol", "source": "emoji", "groups": 120, "retain_neighbours": True},

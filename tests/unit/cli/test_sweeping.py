@@ -37,6 +37,7 @@ def test_a_glob_sees_plugins() -> None:
         "method=ecodiff",
         "method=heal",
         "method=latent_guard",
+        "method=moe_x",
         "method=safety_dpo",
         "method=text_to_image",
     ]

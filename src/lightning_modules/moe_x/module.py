@@ -1,0 +1,310 @@
+"""MoE-X as a LightningModule: which language models are trained side by side, on what loss, measured how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from safelight.errors import SafelightError
+from safelight.lightning_modules.base import SafelightModule
+from safelight.lightning_modules.moe_x.configuration_moe_x import MoEXConfig
+from safelight.lightning_modules.moe_x.measuring import firing, inputs_of
+from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
+from safelight.metrics import SampleMean
+from safelight.metrics.routing import LayerRouting, RoutingStatistics
+
+if TYPE_CHECKING:
+    from safelight.reporting import Report
+
+Control = Literal["dense", "router_linear", "gelu_experts"]
+CONTROLS: dict[str, dict[str, Any]] = {
+    "dense": {"mlp": "dense", "act": "gelu"},
+    "router_linear": {"router": "linear", "act": "gelu"},
+    "gelu_experts": {"act": "gelu"},
+}
+"""What is different in each control: the dense model of as many active parameters, Switch, and GELU experts."""
+
+
+def _cross_entropy(model: MoEXForCausalLM, tokens: Tensor) -> Tensor:
+    """Cross entropy (nats) of every token after the first, flattened."""
+    logits = model(tokens[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+
+
+class MoEX(SafelightModule):
+    """A language model whose experts are ReLU MLPs behind a router that prefers the sparsest (arXiv 2503.07639).
+
+    Batches: a dict with ``tokens`` (B, T + 1) of integers; test batches also ``index`` (B,).
+
+    Args:
+        vocab_size: tokens (chess: 32 characters).
+        vocabulary: characters, token i is number i, for the exported tokenizer; null where tokens are no characters.
+        block_size: longest context (paper: 1023 for chess, 1024 for text).
+        n_layer: blocks (paper, chess: 8).
+        n_head: attention heads (paper, chess: 8).
+        d_model: width (paper, chess: 512).
+        mlp: ``moe``, or ``dense`` for the baseline.
+        act: of the experts, ``relu`` (paper) or ``gelu``; a dense model has ``geglu`` and ``solu``, too.
+        n_experts: M (paper: 8).
+        experts_per_token: k (paper: 2).
+        expert_hidden: neurons of an expert (paper: 4 d_model); null for that.
+        mlp_hidden: neurons of a dense layer; null for those of a token's experts.
+        router: ``sparsity`` (paper) or ``linear`` (Switch).
+        router_temperature: of the gates' softmax.
+        router_variance: ``diag`` (paper) or ``full``.
+        detach_stats: keep the router's gradient off the encoder weights (ablation).
+        moe_every: one block in so many has experts.
+        bias: biases of linear layers and norms.
+        dropout: in training.
+        balance_coef: weight of the load-balance loss, summed over layers (the paper gives none; Switch: .01).
+        z_coef: weight of the router's z-loss (0; scores are bounded).
+        controls: more models trained on the same batches: ``dense``, ``router_linear``, ``gelu_experts``.
+        lr: peak learning rate of AdamW (paper: 3e-4).
+        min_lr: what it falls to, as a share of ``lr`` (paper: .1).
+        warmup_steps: of linear warm-up (paper, chess: 2000).
+        weight_decay: of tensors with two or more dimensions (nanoGPT: .1).
+        betas: of AdamW (nanoGPT: .9, .95).
+        clip: largest norm of each model's gradient (paper: 1).
+        probed_tokens: evenly spaced positions of each test row at which all experts are computed.
+        seed: of the initial weights.
+    """
+
+    metric_names = ("val_ce", "perplexity", "score_l0_r", "active_fraction", "load_entropy", "dead_fraction")
+    control_names: tuple[str, ...] = ("dense", "router_linear")
+
+    def __init__(
+        self,
+        *,
+        vocab_size: Annotated[int, Ge(2)] = 32,
+        vocabulary: str | None = None,
+        block_size: Annotated[int, Ge(2)] = 1023,
+        n_layer: Annotated[int, Ge(1)] = 8,
+        n_head: Annotated[int, Ge(1)] = 8,
+        d_model: Annotated[int, Ge(1)] = 512,
+        mlp: Literal["moe", "dense"] = "moe",
+        act: Literal["relu", "gelu", "geglu", "solu"] = "relu",
+        n_experts: Annotated[int, Ge(1)] = 8,
+        experts_per_token: Annotated[int, Ge(1)] = 2,
+        expert_hidden: Annotated[int, Ge(1)] | None = None,
+        mlp_hidden: Annotated[int, Ge(1)] | None = None,
+        router: Literal["sparsity", "linear"] = "sparsity",
+        router_temperature: Annotated[float, Gt(0)] = 1.0,
+        router_variance: Literal["diag", "full"] = "diag",
+        detach_stats: bool = False,
+        moe_every: Annotated[int, Ge(1)] = 1,
+        bias: bool = False,
+        dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
+        balance_coef: Annotated[float, Ge(0)] = 0.01,
+        z_coef: Annotated[float, Ge(0)] = 0.0,
+        controls: list[Control] | None = None,
+        lr: Annotated[float, Gt(0)] = 3e-4,
+        min_lr: Annotated[float, Interval(ge=0, le=1)] = 0.1,
+        warmup_steps: Annotated[int, Ge(0)] = 2000,
+        weight_decay: Annotated[float, Ge(0)] = 0.1,
+        betas: list[float] | None = None,
+        clip: Annotated[float, Gt(0)] = 1.0,
+        probed_tokens: Annotated[int, Ge(1)] = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if vocabulary is not None and len(vocabulary) != vocab_size:
+            raise SafelightError(f"vocabulary has {len(vocabulary)} characters, vocab_size is {vocab_size}")
+        if act in ("geglu", "solu") and mlp == "moe":
+            raise SafelightError(f"act={act}: experts have relu or gelu; mlp=dense has geglu and solu, too")
+        self.model = self._new({})
+        self.control_names = tuple(controls or ())
+        self.controls = nn.ModuleDict({name: self._new(CONTROLS[name]) for name in self.control_names})
+        self.history: dict[str, list[tuple[int, Tensor]]] = {}
+        self.measured: dict[str, dict[str, float]] = {}
+        self.layers: dict[str, dict[int, LayerRouting]] = {}
+
+    def _new(self, changes: Mapping[str, Any]) -> MoEXForCausalLM:
+        """A model with fresh weights, the same for the same seed and configuration."""
+        h = self.hparams
+        settings: dict[str, Any] = {
+            "vocab_size": h.vocab_size, "block_size": h.block_size, "n_layer": h.n_layer, "n_head": h.n_head,
+            "d_model": h.d_model, "mlp": h.mlp, "act": h.act, "n_experts": h.n_experts,
+            "experts_per_token": h.experts_per_token, "expert_hidden": h.expert_hidden, "mlp_hidden": h.mlp_hidden,
+            "router": h.router, "router_temperature": h.router_temperature, "router_variance": h.router_variance,
+            "detach_stats": h.detach_stats, "moe_every": h.moe_every, "bias": h.bias, "dropout": h.dropout,
+        }  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(h.seed)
+            return MoEXForCausalLM(MoEXConfig(**settings | dict(changes)))
+
+    def models(self) -> dict[str, MoEXForCausalLM]:
+        """The model under the empty name, then the controls."""
+        found: dict[str, Any] = {"": self.model, **self.controls}
+        return found
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Cross entropy of the next token plus balance, of every model; no two share a weight."""
+        tokens = self._tokens(batch)
+        losses = []
+        for name, model in self.models().items():
+            ce = _cross_entropy(model, tokens).mean()
+            routings = [layer.routing for layer in model.expert_layers().values() if layer.routing is not None]
+            balance = sum((routing.balance_loss(self._over_all) for routing in routings), ce.new_zeros(()))
+            loss = ce + self.hparams.balance_coef * balance
+            if self.hparams.z_coef:
+                loss = loss + self.hparams.z_coef * sum(routing.z_loss() for routing in routings)
+            prefix = f"train/{name}/" if name else "train/"
+            self.log(f"{prefix}ce", ce.detach(), prog_bar=not name, batch_size=len(tokens))
+            if routings:
+                self.log(f"{prefix}balance", balance.detach() / len(routings), batch_size=len(tokens))
+            self.history.setdefault(name, []).append((self.trainer.global_step, ce.detach()))
+            losses.append(loss)
+        total = torch.stack(losses).sum()
+        self.log("train/loss", total.detach(), batch_size=len(tokens))
+        return total
+
+    def _over_all(self, mean: Tensor) -> Tensor:
+        """A mean over this process's tokens to the mean over those of all processes, with gradients.
+
+        Every process computes the whole loss; gathering's gradients add up to world size times the gradient, which
+        DDP's mean takes back.
+        """
+        if self.trainer.world_size == 1:
+            return mean
+        gathered: Any = self.all_gather(mean, sync_grads=mean.requires_grad)
+        return torch.as_tensor(gathered).mean(0)
+
+    def _tokens(self, batch: Any) -> Tensor:
+        """Tokens of a batch.
+
+        Raises:
+            SafelightError: there are none, or they do not fit the model.
+        """
+        tokens = batch.get("tokens") if isinstance(batch, dict) else None
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+            found = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+            raise SafelightError(f"batch: expected a dict with tokens, integers (B, T + 1), got {found}")
+        if tokens.shape[1] > self.hparams.block_size + 1:
+            raise SafelightError(
+                f"batch: rows of {tokens.shape[1]} tokens, block_size + 1 is {self.hparams.block_size + 1}; "
+                "set data.block_size and method.block_size alike"
+            )
+        return tokens
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **keywords: Any) -> None:
+        """Clip each model by itself: together, a control would change how the model learns."""
+        for model in self.models().values():
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self.hparams.clip)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with linear warm-up and cosine decay to a share of the rate; weight decay of matrices only."""
+        hparams = self.hparams
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": hparams.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        betas = tuple(hparams.betas or (0.9, 0.95))
+        optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=betas)
+        total, warmup = max(int(self.trainer.estimated_stepping_batches), 1), int(hparams.warmup_steps)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+            low = float(hparams.min_lr)
+            return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Forget an earlier training's curve."""
+        self.history = {}
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Cross entropy of held-out rows."""
+        tokens = self._tokens(batch)
+        ce = _cross_entropy(self.model, tokens).mean()
+        self.log("val/ce", ce, prog_bar=True, sync_dist=True, batch_size=len(tokens))
+
+    def on_test_start(self) -> None:
+        """Fresh counts."""
+        self._ce = nn.ModuleDict({name or "ours": SampleMean() for name in self.models()}).to(self.device)
+        places = [(name, layer) for name, model in self.models().items() for layer in model.expert_layers()]
+        self._routing = nn.ModuleDict({f"{name or 'ours'}|{layer}": RoutingStatistics() for name, layer in places})
+        self._routing = self._routing.to(self.device)
+        self._fired: dict[str, Any] = {}
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Cross entropy, and at some positions of each row all experts."""
+        tokens, index = self._tokens(batch), torch.as_tensor(batch["index"])
+        length = tokens.shape[1] - 1
+        count = min(self.hparams.probed_tokens, length)
+        places = [place * length // count for place in range(count)]
+        for name, model in self.models().items():
+            with inputs_of(model) as seen:
+                ce = _cross_entropy(model, tokens).view(len(tokens), -1).mean(1)
+            self._ce[name or "ours"].update(ce, index)  # type: ignore[operator]
+            for number, layer in model.expert_layers().items():
+                found = firing(layer, seen[number][:, places])
+                key = f"{name or 'ours'}|{number}"
+                self._routing[key].update(found.scores, found.share, found.index, index)  # type: ignore[operator]
+                fired = found.fired.float()
+                self._fired[key] = torch.maximum(self._fired[key], fired) if key in self._fired else fired
+
+    def on_test_epoch_end(self) -> None:
+        """Log the model beside its controls: over its layers the worst of each figure."""
+        for name, model in self.models().items():
+            who = name or "ours"
+            ce = float(self._ce[who].compute())  # type: ignore[operator]
+            found = {"val_ce": ce, "perplexity": math.exp(ce)}
+            self.layers[name] = {n: self._routing[f"{who}|{n}"].layer() for n in model.expert_layers()}  # type: ignore[operator]
+            layers = self.layers[name].values()
+            if layers:
+                found["score_l0_r"] = max(layer.score_l0_r for layer in layers)
+                found["active_fraction"] = max(layer.active_fraction for layer in layers)
+                found["load_entropy"] = min(layer.load_entropy for layer in layers)
+                dead = [self._ever_fired(f"{who}|{number}") for number in self.layers[name]]
+                found["dead_fraction"] = 1 - sum(dead) / len(dead)
+            self.measured[name] = found
+            self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in found.items()})
+
+    def _ever_fired(self, key: str) -> float:
+        """Share of a layer's neurons that fired on any process."""
+        everywhere: Any = self.all_gather(self._fired[key])
+        fired = torch.as_tensor(everywhere).reshape(-1, *self._fired[key].shape).amax(0)
+        return float(fired.mean())
+
+    # -- what is left behind -----------------------------------------------------------------------------------------
+
+    def export(self, folder: Path) -> Path:
+        """Write the model as a transformers folder with its code, the controls' numbers, and a card."""
+        from safelight.lightning_modules.moe_x import report as pages
+
+        pages.write_artefacts(self, folder)
+        return folder
+
+    def fill_report(self, report: Report) -> None:
+        """The model beside its controls, its layers, curves, and the claim."""
+        from safelight.lightning_modules.moe_x import report as pages
+
+        pages.fill(self, report)
+
+    def summary_table(self) -> list[dict[str, Any]] | None:
+        """One row per model."""
+        from safelight.lightning_modules.moe_x import report as pages
+
+        return pages.table(self)
+
+    def full_size_command(self) -> str:
+        """The paper's chess model."""
+        return "python train.py experiment=moe_x_chess data.path=lichess_6gb_blocks.csv trainer=ddp trainer.devices=4"

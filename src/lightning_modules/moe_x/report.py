@@ -1,0 +1,145 @@
+"""What a MoE-X run shows, and what it leaves: a transformers folder that brings its own code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safelight.reporting import Claim, Tile
+from safelight.reporting.files import write_text
+
+if TYPE_CHECKING:
+    from safelight.lightning_modules.moe_x.module import MoEX
+    from safelight.reporting import Report
+
+LABELS = {
+    "": "MoE-X (ours)",
+    "dense": "dense, same active size",
+    "router_linear": "learned router, GELU (Switch)",
+    "gelu_experts": "sparsity router, GELU experts",
+}
+CODE = ("configuration_moe_x.py", "modeling_moe_x.py", "layer.py", "router.py", "dispatch.py")
+"""Files of this folder that a saved model needs; they import nothing of safelight."""
+
+
+def table(module: MoEX) -> list[dict[str, Any]] | None:
+    """One row per model; None before testing."""
+    if not module.measured:
+        return None
+    names = {
+        "val_ce": "cross entropy", "perplexity": "perplexity", "score_l0_r": "r(score, L0)",
+        "active_fraction": "neurons firing", "load_entropy": "load entropy", "dead_fraction": "dead neurons",
+    }  # fmt: skip
+    return [
+        {"model": LABELS[name], **{label: found.get(key) for key, label in names.items()}}
+        for name, found in module.measured.items()
+    ]
+
+
+def fill(module: MoEX, report: Report) -> None:
+    """Add the sections of MoE-X to a report."""
+    rows = table(module)
+    if rows is None:
+        return
+    ours = module.measured[""]
+    tiles = [Tile("cross entropy, held-out", ours["val_ce"], "nats a token", tone="lead")]
+    if "score_l0_r" in ours:
+        tiles += [
+            Tile("router's score against what fires", ours["score_l0_r"], "Pearson r, worst layer"),
+            Tile("neurons of chosen experts that fire", f"{100 * ours['active_fraction']:.0f} %", "worst layer"),
+        ]
+    report.add_tiles(tiles)
+    controls = [LABELS[name] for name in module.control_names]
+    report.add_table(
+        "The model and its controls", list(rows[0]), [list(row.values()) for row in rows],
+        note="Trained on the same batches from weights of the same seed. Of several layers the worst is shown. L0: "
+        "share of an expert's neurons that fire, counted for all experts, chosen or not.",
+        controls=controls, ours=[LABELS[""]],
+        better={"cross entropy": "lower", "perplexity": "lower", "neurons firing": "lower", "dead neurons": "lower"},
+    )  # fmt: skip
+    lines = [
+        [f"{LABELS[name]}, layer {number}", layer.score_l0_r, layer.active_fraction, layer.load_entropy, layer.load_max]
+        for name, layers in module.layers.items()
+        for number, layer in layers.items()
+    ]
+    if lines:
+        report.add_table(
+            "Layer by layer",
+            ["model, layer", "r(score, L0)", "neurons firing", "load entropy", "largest share of the load"],
+            lines,
+        )
+    if any(module.history.values()):
+        report.add_curve(
+            "Training",
+            {LABELS[name]: [(step, float(value)) for step, value in points] for name, points in module.history.items()},
+            "optimisation step",
+            "cross entropy, nats a token",
+        )
+    if "score_l0_r" in ours:
+        report.add_claims([claim(module)])
+
+
+def claim(module: MoEX) -> Claim:
+    """What the result supports."""
+    ours = module.measured[""]
+    linear = module.measured.get("router_linear", {})
+    return Claim(
+        kind="algorithmic",
+        support="correlational",
+        statement="The router sends tokens to the experts of which the fewest neurons fire.",
+        evidence=[f"r {ours['score_l0_r']:.3g}"]
+        + [f"{LABELS['router_linear']}: {linear['score_l0_r']:.3g}" for _ in linear],
+        controls_beaten=[LABELS["router_linear"]] if linear and ours["score_l0_r"] < linear["score_l0_r"] else [],
+        not_shown=["that neurons which fire less are easier to read"],
+    )
+
+
+def save_tokenizer(folder: Path, vocabulary: str) -> None:
+    """Write a tokenizer of single characters that ``AutoTokenizer`` opens; token i is character i."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    numbers = {character: number for number, character in enumerate(vocabulary)}
+    plain = Tokenizer(models.WordLevel(numbers, unk_token=vocabulary[0]))
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    plain.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(folder)
+
+
+def write_artefacts(module: MoEX, folder: Path) -> None:
+    """Model, code, tokenizer, measured numbers, card."""
+    module.model.config.auto_map = {
+        "AutoConfig": "configuration_moe_x.MoEXConfig", "AutoModelForCausalLM": "modeling_moe_x.MoEXForCausalLM",
+    }  # fmt: skip
+    module.model.save_pretrained(folder)
+    for name in CODE:
+        shutil.copyfile(Path(__file__).parent / name, folder / name)
+    if module.hparams.vocabulary:
+        save_tokenizer(folder, module.hparams.vocabulary)
+    if module.measured:
+        found = {
+            name or "moe_x": {
+                "metrics": metrics,
+                "layers": {number: asdict(layer) for number, layer in module.layers.get(name, {}).items()},
+            }
+            for name, metrics in module.measured.items()
+        }
+        write_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
+    module.write_card(
+        folder,
+        title="MoE-X",
+        command="python train.py method=moe_x",
+        data="`{data}`",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["moe", "interpretability"],
+        text="Its code lies beside it (`trust_remote_code=True`) and needs torch and transformers only.",
+        usage="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+        'tokens = tokenizer(";1.e4 ", return_tensors="pt").input_ids\n'
+        "print(tokenizer.decode(model.generate(tokens, max_new_tokens=60, do_sample=True)[0]))\n",
+    )

@@ -90,8 +90,10 @@ def claim(module: MoEX) -> Claim:
         kind="algorithmic",
         support="correlational",
         statement="The router sends tokens to the experts of which the fewest neurons fire.",
-        evidence=[f"r {ours['score_l0_r']:.3g}"]
-        + [f"{LABELS['router_linear']}: {linear['score_l0_r']:.3g}" for _ in linear],
+        evidence=[
+            f"r {ours['score_l0_r']:.3g}",
+            *([f"{LABELS['router_linear']}: {linear['score_l0_r']:.3g}"] if linear else []),
+        ],
         controls_beaten=[LABELS["router_linear"]] if linear and ours["score_l0_r"] < linear["score_l0_r"] else [],
         not_shown=["that neurons which fire less are easier to read"],
     )

@@ -162,6 +162,7 @@ def test_report_and_artefact(tested: MoEX, tmp_path: Path) -> None:
     for text in ("MoE-X (ours)", "dense, same active size", "Layer by layer", "learned router"):
         assert text in page
     assert report.claims[0].kind == "algorithmic"
+    assert len(report.claims[0].evidence) == 2
     tested.export(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["moe_x"]["metrics"]["val_ce"] == tested.measured[""]["val_ce"]

@@ -37,7 +37,7 @@ class GameRows(Dataset[dict[str, Any]]):
 
 
 class ChessDataModule(LightningDataModule):
-    """Games cut into rows that begin at ``;``, split by game.
+    """Games cut into rows that begin at ``;``, split by game; test rows that training has, too, are left out.
 
     Args:
         path: ``zoo:chess_games``, or a ``.txt``, ``.pgn`` or ``.csv`` file of games, perhaps as ``.xz``.
@@ -91,6 +91,9 @@ class ChessDataModule(LightningDataModule):
             rows_of([game for game, out in zip(games, held, strict=True) if out == side], self.block_size + 1)
             for side in (False, True)
         )
+        # Games may share an opening as long as a row.
+        known = set(train)
+        test = [row for row in test if row not in known]
         if not train or not test:
             raise SafelightError(
                 f"data.block_size={self.block_size}: {len(games)} games make {len(train)} training and {len(test)} "

@@ -81,6 +81,7 @@ def filled(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):  # fmt: skip
         (tmp_path / name).symlink_to(mini / source)
     (tmp_path / "CoProv2-SD15").mkdir()
+    (tmp_path / "games.pgn").write_text('[Event "one"]\n\n1. e4 e5 2. Nf3 Nc6 1-0\n')
     (tmp_path / "PartiPrompts.tsv").write_text("Prompt\tCategory\na quiet lake\tOutdoor\n")
     yield {
         "runs/ecodiff/<run>": str(run_folder),

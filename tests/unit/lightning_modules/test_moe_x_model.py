@@ -55,6 +55,19 @@ def test_no_token_sees_a_later_one(settings: dict[str, Any]) -> None:
     assert not torch.allclose(before[:, 8:], after[:, 8:], atol=1e-3)
 
 
+def test_tokens_meet_in_attention_only() -> None:
+    """With nothing to attend to, each position knows its own token; the halves of a block have norms of their own."""
+    found, tokens = model(), text(1, 8)
+    with torch.no_grad():
+        for block in found.blocks:
+            block.ln_1.weight.zero_()
+    before = found(tokens).logits
+    tokens[:, 2] = (tokens[:, 2] + 1) % 32
+    after = found(tokens).logits
+    changed = (before - after).abs().amax(-1)[0] > 1e-6
+    assert changed.tolist() == [place == 2 for place in range(8)]
+
+
 def test_a_cache_changes_no_logit() -> None:
     found, tokens = model(), text(2, 12)
     whole = found(tokens).logits

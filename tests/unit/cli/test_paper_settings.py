@@ -187,8 +187,8 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
     elif name == "latent_guard_minilm":
         names = [f"auroc_{split}{kind}" for kind in ("", "_synonym", "_adversarial") for split in ("id", "ood")]
         figures = {key: (value, True) for key, value in zip(names, GUARD, strict=True)}
-        settings = {"method.encoder": "minilm", "data.batch_size": 128, "trainer.max_steps": 300}
-        return "latent_guard", "", settings | {"method.ablations": ["no_safe", "no_cross_attention", "supcon"]}, figures
+        settings = {"method.encoder": "minilm", "data.batch_size": 256, "trainer.max_steps": 300}
+        return "latent_guard", "", settings, figures
     else:
         backbone = name.removeprefix("ecodiff_readme_")
         settings = {"seed": 0, "method.keep": 0.8, "data.size": 120, "data.test_size": 96, "data.batch_size": 8}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -182,10 +184,28 @@ class SafelightModule(LightningModule):
         )
 
     def fill_report(self, report: Report) -> None:
-        """Add this method's tables, pictures and curves to the report of a run."""
+        """Add this method's tables, pictures and curves to the report of a run.
+
+        By default ``fill`` of a ``report.py`` beside the method's ``module.py``.
+        """
+        if (pages := self._pages()) is not None:
+            pages.fill(self, report)
 
     def summary_table(self) -> list[dict[str, Any]] | None:
-        """Rows of the table printed at the end of a run, the method beside its controls; None for no table."""
+        """Rows of the table printed at the end of a run, the method beside its controls; None for no table.
+
+        By default ``table`` of a ``report.py`` beside the method's ``module.py``.
+        """
+        pages = self._pages()
+        rows: list[dict[str, Any]] | None = None if pages is None else pages.table(self)
+        return rows
+
+    def _pages(self) -> Any:
+        """The ``report.py`` beside the method's ``module.py``, imported on first use; None where there is none."""
+        for kind in type(self).__mro__:
+            package, _, file = kind.__module__.rpartition(".")
+            if file == "module" and kind is not LightningModule and importlib.util.find_spec(f"{package}.report"):
+                return importlib.import_module(f"{package}.report")
         return None
 
     def full_size_command(self) -> str | None:

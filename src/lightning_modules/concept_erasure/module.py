@@ -451,18 +451,6 @@ class ConceptErasure(SafelightModule):
         write_card(self, folder)
         return folder
 
-    def fill_report(self, report: Any) -> None:
-        """Pictures before and after, the table against the controls, units off per layer and training curves."""
-        from safelight.lightning_modules.concept_erasure.report import fill
-
-        fill(self, report)
-
-    def summary_table(self) -> list[dict[str, Any]] | None:
-        """Dense, erased and controls, one row each."""
-        from safelight.lightning_modules.concept_erasure.report import table
-
-        return table(self)
-
     def full_size_command(self) -> str | None:
         """The same on FLUX.1-schnell, eight devices."""
         return (

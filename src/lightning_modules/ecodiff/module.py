@@ -351,18 +351,6 @@ class EcoDiff(SafelightModule):
         write_card(self, folder)
         return folder
 
-    def fill_report(self, report: Any) -> None:
-        """Pictures before and after, the table against the controls, kept units and training curves."""
-        from safelight.lightning_modules.ecodiff.report import fill
-
-        fill(self, report)
-
-    def summary_table(self) -> list[dict[str, Any]] | None:
-        """Dense, pruned and controls, one row each."""
-        from safelight.lightning_modules.ecodiff.report import table
-
-        return table(self)
-
     def full_size_command(self) -> str | None:
         """The same on FLUX.1-schnell, eight devices."""
         return "python train.py method=ecodiff backbone=flux_schnell trainer=ddp trainer.devices=8"

@@ -211,18 +211,6 @@ class Heal(SafelightModule):
         write_cards(self, folder)
         return folder
 
-    def fill_report(self, report: Any) -> None:
-        """The table against the unhealed model, and pictures of all three."""
-        from safelight.lightning_modules.heal.report import fill
-
-        fill(self, report)
-
-    def summary_table(self) -> list[dict[str, Any]] | None:
-        """Dense, healed and unhealed, one row each."""
-        from safelight.lightning_modules.heal.report import table
-
-        return table(self)
-
     def full_size_command(self) -> str | None:
         """The same on a pruned FLUX.1-dev with the authors' settings."""
         return "python train.py method=heal tuned=heal-flux_dev backbone=<folder of the pruning run> trainer=ddp"

@@ -36,7 +36,7 @@ from safelight.lightning_modules.latent_guard.space import Space, before_and_aft
 from safelight.lightning_modules.schedules import adamw_warmup_cosine, warmup_constant
 
 if TYPE_CHECKING:
-    from safelight.reporting import Report
+    pass
 
 Ablation = Literal["no_safe", "no_cross_attention", "supcon"]
 SHOWN = 200
@@ -344,18 +344,6 @@ class LatentGuard(SafelightModule):
 
         pages.write_artefacts(self, folder)
         return folder
-
-    def fill_report(self, report: Report) -> None:
-        """Tables per set, distributions of scores, a picture of the latent space, and the claim."""
-        from safelight.lightning_modules.latent_guard import report as pages
-
-        pages.fill(self, report)
-
-    def summary_table(self) -> list[dict[str, Any]] | None:
-        """The guard beside its controls."""
-        from safelight.lightning_modules.latent_guard import report as pages
-
-        return pages.table(self)
 
     def full_size_command(self) -> str:
         """The same on CoPro with the text encoder of Stable Diffusion."""

@@ -22,7 +22,7 @@ from safelight.metrics import SampleMean
 from safelight.metrics.routing import LayerRouting, RoutingStatistics
 
 if TYPE_CHECKING:
-    from safelight.reporting import Report
+    pass
 
 Control = Literal["dense", "router_linear", "gelu_experts"]
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -292,18 +292,6 @@ class MoEX(SafelightModule):
 
         pages.write_artefacts(self, folder)
         return folder
-
-    def fill_report(self, report: Report) -> None:
-        """The model beside its controls, its layers, curves, and the claim."""
-        from safelight.lightning_modules.moe_x import report as pages
-
-        pages.fill(self, report)
-
-    def summary_table(self) -> list[dict[str, Any]] | None:
-        """One row per model."""
-        from safelight.lightning_modules.moe_x import report as pages
-
-        return pages.table(self)
 
     def full_size_command(self) -> str:
         """The paper's chess model."""

@@ -435,18 +435,6 @@ class SafetyDPO(SafelightModule):
         write_artefacts(self, folder)
         return folder
 
-    def fill_report(self, report: Any) -> None:
-        """Pictures before and after, the table against the controls, curves, and for merges the trade-off."""
-        from safelight.lightning_modules.safety_dpo.report import fill
-
-        fill(self, report)
-
-    def summary_table(self) -> list[dict[str, Any]] | None:
-        """The network as it was, the result and its controls, one row each."""
-        from safelight.lightning_modules.safety_dpo.report import table
-
-        return table(self)
-
     def full_size_command(self) -> str | None:
         """One expert on Stable Diffusion 1.5 with the authors' settings."""
         return (

@@ -76,3 +76,17 @@ def test_adamw_with_warmup_and_cosine() -> None:
     assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
     assert rates[8] == pytest.approx(0.25)
     assert rates[12] == pytest.approx(0)
+
+
+def test_a_report_beside_the_method_is_found_from_subclasses_too() -> None:
+    from safelight.lightning_modules import Clip, MoEX
+    from safelight.lightning_modules.moe_x import report as pages
+
+    class Mine(MoEX):
+        pass
+
+    small = {"block_size": 8, "n_layer": 1, "n_head": 1, "d_model": 8}
+    assert Mine(**small)._pages() is pages  # type: ignore[arg-type]
+    assert Mine(**small).summary_table() is None  # type: ignore[arg-type]
+    assert Clip()._pages() is None
+    assert Clip().summary_table() is None

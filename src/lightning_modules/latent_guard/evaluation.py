@@ -91,7 +91,8 @@ class Evaluation(nn.Module):
         index = torch.as_tensor(batch["index"])
         for name, scorer in self.scorers.items():
             values = self._benign(batch, scorer) if loader in self.benign else self._pairs(batch, scorer)
-            self._rows(name, loader).update(values, index)
+            rows = self._rows(name, loader)
+            rows.update(values.to(rows.device), index)  # where processes can gather them
 
     def _rows(self, name: str, place: int) -> SampleRows:
         rows = self.rows[self._places[name, place]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from safelight import zoo
 from safelight.datamodules.chess_games import VOCABULARY, encode, read_games, rows_of
-from safelight.datamodules.copro_v2_files import OnError
+from safelight.datamodules.faults import OnError, drawn
 from safelight.datamodules.loading import ResumableLoader
 from safelight.errors import SafelightError
 
@@ -86,7 +85,7 @@ class ChessDataModule(LightningDataModule):
         shipped = self.path.startswith("zoo:")
         file = zoo.path(self.path.removeprefix("zoo:")) / "games.txt.xz" if shipped else Path(self.path).expanduser()
         games = read_games(file, self.on_error)[: self.games]
-        held = [_drawn(game) < self.held_out for game in games]
+        held = [drawn(game) < self.held_out for game in games]
         train, test = (
             rows_of([game for game, out in zip(games, held, strict=True) if out == side], self.block_size + 1)
             for side in (False, True)
@@ -116,7 +115,3 @@ class ChessDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Rows of held-out games."""
         return self.val_dataloader()
-
-
-def _drawn(game: str) -> float:
-    return int.from_bytes(hashlib.sha256(game.encode()).digest()[:6], "big") / 2**48

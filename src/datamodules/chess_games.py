@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from safelight.datamodules.copro_v2_files import Faults, OnError
+from safelight.datamodules.faults import Faults, OnError
 from safelight.errors import SafelightError
 
 VOCABULARY = " #+-.0123456789;=BKNOQRabcdefghx"

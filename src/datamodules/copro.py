@@ -13,9 +13,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from safelight import zoo
-from safelight.datamodules.copro_files import ConceptPair, CoPro, drawn, read_copro
-from safelight.datamodules.copro_v2_files import OnError, normalise
+from safelight.datamodules.copro_files import ConceptPair, CoPro, read_copro
+from safelight.datamodules.copro_v2_files import normalise
 from safelight.datamodules.copro_variants import Substitution, variants
+from safelight.datamodules.faults import OnError, drawn
 from safelight.datamodules.loading import ResumableLoader
 from safelight.datamodules.prompts import read_prompts
 

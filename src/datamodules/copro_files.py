@@ -6,14 +6,14 @@ The prompts are offensive by nature. No message here quotes a cell, which may be
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safelight.datamodules.copro_v2_files import Faults, OnError, normalise
+from safelight.datamodules.copro_v2_files import normalise
+from safelight.datamodules.faults import Faults, OnError, drawn
 from safelight.errors import SafelightError
 
 Split = Literal["id", "ood"]
@@ -163,8 +163,3 @@ def cut(everything: Sequence[ConceptPair], ood_share: float, held_out: float) ->
     for name in ("valid_ood", "test_ood"):
         pairs[name] = [pair for pair in pairs[name] if normalise(pair.unsafe) not in trained]
     return CoPro({"id": [c for c in concepts if c not in outside], "ood": sorted(outside)}, pairs)
-
-
-def drawn(text: str) -> float:
-    """A number in [0, 1) that belongs to a text: where it goes depends on nothing else."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from safelight import zoo
 from safelight.datamodules.copro_v2_categories import ALL, expert_names, known_categories
 from safelight.datamodules.copro_v2_files import (
-    OnError,
     PromptPair,
     TestPrompt,
     category_counts,
@@ -26,6 +24,7 @@ from safelight.datamodules.copro_v2_files import (
     read_test_prompts,
 )
 from safelight.datamodules.emoji_words import things
+from safelight.datamodules.faults import OnError, drawn
 from safelight.datamodules.loading import ResumableLoader
 from safelight.datamodules.pictures import PictureSource, open_pictures, picture_tensor
 from safelight.errors import SafelightError
@@ -360,7 +359,7 @@ class _Numbered(Dataset[dict[str, Any]]):
 
 def _drawn(number: int) -> float:
     """A number in [0, 1) that belongs to a pair: whether it is held out depends on nothing else."""
-    return int.from_bytes(hashlib.sha256(f"pair {number}".encode()).digest()[:6], "big") / 2**48
+    return drawn(f"pair {number}")
 
 
 def spread(prompts: Sequence[TestPrompt], size: int | None) -> list[TestPrompt]:

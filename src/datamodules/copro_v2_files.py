@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from safelight.datamodules.copro_v2_categories import CATEGORIES
+from safelight.datamodules.faults import Faults, OnError
 from safelight.datamodules.pictures import ParquetPictures, open_parquet
 from safelight.errors import SafelightError
-
-OnError = Literal["raise", "skip"]
 
 RELEASED_ROWS, RELEASED_PAIRS = 32_086, 15_690
 RELEASED = {
@@ -74,34 +72,6 @@ class TestPrompt:
 def normalise(prompt: str) -> str:
     """A prompt without case, punctuation and repeated blanks: what counts as the same prompt."""
     return " ".join(re.sub(r"[^\w\s]", "", prompt.lower()).split())
-
-
-class Faults:
-    """Counts what is wrong with rows, and ends the run at the first or says at the end how many were left out.
-
-    Args:
-        on_error: ``raise`` or ``skip``.
-    """
-
-    def __init__(self, on_error: OnError) -> None:
-        self.on_error = on_error
-        self.count, self.first = 0, ""
-
-    def add(self, message: str) -> None:
-        """Note a fault.
-
-        Raises:
-            SafelightError: faults are fatal.
-        """
-        if self.on_error == "raise":
-            raise SafelightError(f"{message}; data.on_error=skip leaves such rows out")
-        self.count, self.first = self.count + 1, self.first or message
-
-    def report(self) -> None:
-        """Warn about what was left out since the last time."""
-        if self.count:
-            warnings.warn(f"{self.count} row(s) left out, the first: {self.first}", stacklevel=3)
-        self.count, self.first = 0, ""
 
 
 def _rows(file: Path, faults: Faults) -> list[tuple[int, str, str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.errors import SafelightError
 from safelight.lightning_modules.latent_guard.baselines import Scorer
@@ -59,7 +59,7 @@ def check_row(row: Any) -> None:
         raise SafelightError(f"test batch: {missing[0]!r} is missing; it has {sorted(row)}")
 
 
-class Evaluation(nn.Module):
+class Evaluation:
     """Collects scores batch by batch; the same numbers whatever the batches and the number of processes.
 
     Args:
@@ -67,18 +67,23 @@ class Evaluation(nn.Module):
         loaders: test loaders, whose data sets say which concepts there are: by ``concepts`` (all of their split), or
             else by their rows.
         target_fpr: share of harmless prompts that may be blocked at the second threshold.
+        device: where scores are kept, so that processes can gather them.
     """
 
-    def __init__(self, scorers: Mapping[str, Scorer], loaders: Sequence[Any], target_fpr: float) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        scorers: Mapping[str, Scorer],
+        loaders: Sequence[Any],
+        target_fpr: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.scorers, self.target_fpr = dict(scorers), target_fpr
-        self.concepts = _concepts(loaders)
-        rows = [row for loader in loaders for row in _rows(loader)]
+        rows = [loader.dataset[place] for loader in loaders for place in range(len(loader.dataset))]
+        self.concepts = _concepts(rows, [loader.dataset for loader in loaders])
         self._category_of = {row["concept"]: row["category"] for row in rows if row.get("category")}
         self._pairs_of_known = [row for row in rows if row.get("split") == "id" and row.get("variant") == "explicit"]
         self.categories = sorted(set(self._category_of.values()))
-        self._places = {(name, place): f"{name}|{place}" for name in self.scorers for place in range(len(loaders))}
-        self.rows = nn.ModuleDict({key: SampleRows() for key in self._places.values()})
+        self.rows = {(name, place): SampleRows().to(device) for name in self.scorers for place in range(len(loaders))}
         self.benign = [place for place, loader in enumerate(loaders) if "unsafe" not in loader.dataset[0]]
         self.calibrating = [
             place for place, loader in enumerate(loaders)
@@ -91,18 +96,12 @@ class Evaluation(nn.Module):
         index = torch.as_tensor(batch["index"])
         for name, scorer in self.scorers.items():
             values = self._benign(batch, scorer) if loader in self.benign else self._pairs(batch, scorer)
-            rows = self._rows(name, loader)
-            rows.update(values.to(rows.device), index)  # where processes can gather them
-
-    def _rows(self, name: str, place: int) -> SampleRows:
-        rows = self.rows[self._places[name, place]]
-        assert isinstance(rows, SampleRows)
-        return rows
+            rows = self.rows[name, loader]
+            rows.update(values.to(rows.device), index)
 
     def _seen(self, name: str) -> dict[int, Tensor]:
         """Rows of a scorer by test loader, of the loaders that were run."""
-        places = range(len(self._places) // max(len(self.scorers), 1))
-        metrics = {place: self._rows(name, place) for place in places}
+        metrics = {place: rows for (scorer, place), rows in self.rows.items() if scorer == name}
         return {place: rows.compute().double().cpu() for place, rows in metrics.items() if rows.values}
 
     def _benign(self, batch: Mapping[str, Any], scorer: Scorer) -> Tensor:
@@ -264,23 +263,19 @@ def _share(hits: Tensor) -> float:
     return float(hits.double().mean())
 
 
-def _rows(loader: Any) -> list[Mapping[str, Any]]:
-    return [loader.dataset[place] for place in range(len(loader.dataset))]
-
-
-def _concepts(loaders: Sequence[Any]) -> dict[str, list[str]]:
+def _concepts(rows: Sequence[Mapping[str, Any]], datasets: Sequence[Any]) -> dict[str, list[str]]:
     """Concepts of each split, sorted."""
     found: dict[str, set[str]] = {split: set() for split in SPLITS}
-    for loader in loaders:
-        for row in _rows(loader):
-            if "concept" in row:
-                if row["split"] not in SPLITS or row["variant"] not in VARIANTS:
-                    raise SafelightError(
-                        f"test batch: split {row['split']!r} and variant {row['variant']!r} should be of {SPLITS} and "
-                        f"{VARIANTS}"
-                    )
-                found[row["split"]].add(row["concept"])
-        whole = getattr(loader.dataset, "concepts", None)
-        if whole is not None:
-            found[loader.dataset.split] |= set(whole)
+    for row in rows:
+        if "concept" not in row:
+            continue
+        if row["split"] not in SPLITS or row["variant"] not in VARIANTS:
+            raise SafelightError(
+                f"test batch: split {row['split']!r} and variant {row['variant']!r} should be of {SPLITS} and "
+                f"{VARIANTS}"
+            )
+        found[row["split"]].add(row["concept"])
+    for dataset in datasets:
+        if hasattr(dataset, "concepts"):
+            found[dataset.split] |= set(dataset.concepts)
     return {split: sorted(names) for split, names in found.items()}

@@ -232,11 +232,7 @@ class PromptGuard:
         Raises:
             SafelightError: weights, settings or the list of concepts are missing or damaged.
         """
-        place = next((p for p in (Path(folder), Path(folder) / "export") if (p / "guard.json").is_file()), None)
-        if place is None:
-            raise SafelightError(
-                f"{folder}: there is no guard.json, so no guard; give the export folder of a latent_guard run"
-            )
+        place = guard_folder(folder)
         try:
             settings = json.loads((place / "guard.json").read_text(encoding="utf-8"))
             head = EmbeddingMappingLayer(**settings["head"])
@@ -261,3 +257,15 @@ class PromptGuard:
         """Add concepts to the list; ``bank`` has further ways to change it."""
         for name in names:
             self.bank.add(name, category=category)
+
+
+def guard_folder(folder: str | Path) -> Path:
+    """Where the files of an exported guard lie: in the folder, or in ``export`` of a run folder.
+
+    Raises:
+        SafelightError: in neither.
+    """
+    for place in (Path(folder), Path(folder) / "export"):
+        if (place / "guard.json").is_file():
+            return place
+    raise SafelightError(f"{folder}: there is no guard.json, so no guard; give the export folder of a latent_guard run")

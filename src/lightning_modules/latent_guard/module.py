@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -34,9 +34,6 @@ from safelight.lightning_modules.latent_guard.head import EmbeddingMappingLayer,
 from safelight.lightning_modules.latent_guard.objective import Loss, guard_loss
 from safelight.lightning_modules.latent_guard.space import Space, before_and_after
 from safelight.lightning_modules.schedules import adamw_warmup_cosine, warmup_constant
-
-if TYPE_CHECKING:
-    pass
 
 Ablation = Literal["no_safe", "no_cross_attention", "supcon"]
 SHOWN = 200
@@ -301,7 +298,7 @@ class LatentGuard(SafelightModule):
 
     def _evaluation(self, loaders: Any, scorers: dict[str, Scorer]) -> Evaluation:
         listed = loaders if isinstance(loaders, Sequence) else [loaders]
-        return Evaluation(scorers, listed, self.hparams.target_fpr).to(self.device)
+        return Evaluation(scorers, listed, self.hparams.target_fpr, self.device)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Scores of every scorer."""

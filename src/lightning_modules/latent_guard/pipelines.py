@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.lightning_modules.latent_guard.encoders import TextEncoder
-from safelight.lightning_modules.latent_guard.guard import PromptGuard, Verdict
+from safelight.lightning_modules.latent_guard.guard import PromptGuard, Verdict, guard_folder
 from safelight.lightning_modules.latent_guard.wording import normalise, readings
 
 
@@ -58,12 +59,7 @@ class GuardedPipeline:
         Raises:
             SafelightError: the guard was trained on another encoder's features.
         """
-        import json
-        from pathlib import Path
-
-        place = next((p for p in (Path(folder), Path(folder) / "export") if (p / "guard.json").is_file()), None)
-        if place is None:
-            raise SafelightError(f"{folder}: there is no guard.json, so no guard")
+        place = guard_folder(folder)
         named = json.loads((place / "guard.json").read_text(encoding="utf-8"))["encoder"]
         tokenizer = getattr(pipeline, component.replace("text_encoder", "tokenizer"))
         encoder = TextEncoder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,7 +219,12 @@ def results(module: LatentGuard) -> dict[str, Any]:
     """Everything measured, as one JSON object."""
     return {
         name or "latent_guard": {
-            "metrics": found.metrics, "sets": found.sets, "intervals_95": found.intervals,
+            "metrics": found.metrics,
+            "sets": {
+                name: {key: None if math.isnan(value) else value for key, value in values.items()}
+                for name, values in found.sets.items()
+            },
+            "intervals_95": found.intervals,
             "categories": found.categories,
         }
         for name, found in module.measured.items()
@@ -233,7 +239,7 @@ def write_artefacts(module: LatentGuard, folder: Path) -> None:
         f"It blocks from a score of {guard.threshold:.4g} on (calibration: {guard.calibration})."
     )  # fmt: skip
     if module.measured:
-        write_text(folder / "results.json", json.dumps(results(module), indent=1).replace("NaN", "null") + "\n")
+        write_text(folder / "results.json", json.dumps(results(module), indent=1) + "\n")
     module.write_card(
         folder,
         title="Latent Guard",

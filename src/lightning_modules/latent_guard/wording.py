@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 # fmt: off
 _LOOKALIKES = {
@@ -32,6 +33,7 @@ _SPELLED = re.compile(r"(?<![a-z])(?:[a-z][ .\-_*]){2,}[a-z](?![a-z])")
 _STUFFED = re.compile(r"(?<=[a-z])[.\-_*](?=[a-z])")
 
 
+@lru_cache(maxsize=2**16)
 def normalise(text: str) -> str:
     """The normal form: compatible characters, look-alikes and accents as plain letters, lower case, single blanks.
 

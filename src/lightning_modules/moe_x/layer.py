@@ -17,6 +17,7 @@ from .router import (
     Variance,
     balance_loss,
     expert_statistics,
+    load_shares,
     sparsity_scores,
     top_gates,
     z_loss,
@@ -49,8 +50,7 @@ class Routing:
 
     def load(self) -> Tensor:
         """(M,), share of all choices that fell on each expert."""
-        experts = self.scores.shape[1]
-        return torch.bincount(self.index.flatten(), minlength=experts).float() / self.index.numel()
+        return load_shares(self.index, self.scores.shape[1]).float()
 
 
 class MoEXMLP(nn.Module):

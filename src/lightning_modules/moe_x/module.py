@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -18,11 +18,9 @@ from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.moe_x.configuration_moe_x import MoEXConfig
 from safelight.lightning_modules.moe_x.measuring import firing, inputs_of
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
+from safelight.lightning_modules.schedules import warmup_cosine
 from safelight.metrics import SampleMean
 from safelight.metrics.routing import LayerRouting, RoutingStatistics
-
-if TYPE_CHECKING:
-    pass
 
 Control = Literal["dense", "router_linear", "gelu_experts"]
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -217,9 +215,8 @@ class MoEX(SafelightModule):
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / (warmup + 1)
-            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
             low = float(hparams.min_lr)
-            return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+            return low + (1 - low) * warmup_cosine(step, warmup, total)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -238,11 +235,10 @@ class MoEX(SafelightModule):
 
     def on_test_start(self) -> None:
         """Fresh counts."""
-        self._ce = nn.ModuleDict({name or "ours": SampleMean() for name in self.models()}).to(self.device)
+        self._ce = {name: SampleMean().to(self.device) for name in self.models()}
         places = [(name, layer) for name, model in self.models().items() for layer in model.expert_layers()]
-        self._routing = nn.ModuleDict({f"{name or 'ours'}|{layer}": RoutingStatistics() for name, layer in places})
-        self._routing = self._routing.to(self.device)
-        self._fired: dict[str, Any] = {}
+        self._routing = {place: RoutingStatistics().to(self.device) for place in places}
+        self._fired: dict[tuple[str, int], Tensor] = {}
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Cross entropy, and at some positions of each row all experts."""
@@ -253,36 +249,34 @@ class MoEX(SafelightModule):
         for name, model in self.models().items():
             with inputs_of(model) as seen:
                 ce = _cross_entropy(model, tokens).view(len(tokens), -1).mean(1)
-            self._ce[name or "ours"].update(ce, index)  # type: ignore[operator]
+            self._ce[name].update(ce, index)
             for number, layer in model.expert_layers().items():
                 found = firing(layer, seen[number][:, places])
-                key = f"{name or 'ours'}|{number}"
-                self._routing[key].update(found.scores, found.share, found.index, index)  # type: ignore[operator]
-                fired = found.fired.float()
-                self._fired[key] = torch.maximum(self._fired[key], fired) if key in self._fired else fired
+                place, fired = (name, number), found.fired.float()
+                self._routing[place].update(found.scores, found.share, found.index, index)
+                self._fired[place] = torch.maximum(self._fired.get(place, fired), fired)
 
     def on_test_epoch_end(self) -> None:
         """Log the model beside its controls: over its layers the worst of each figure."""
         for name, model in self.models().items():
-            who = name or "ours"
-            ce = float(self._ce[who].compute())  # type: ignore[operator]
+            ce = float(self._ce[name].compute())
             found = {"val_ce": ce, "perplexity": math.exp(ce)}
-            self.layers[name] = {n: self._routing[f"{who}|{n}"].layer() for n in model.expert_layers()}  # type: ignore[operator]
+            self.layers[name] = {number: self._routing[name, number].layer() for number in model.expert_layers()}
             layers = self.layers[name].values()
             if layers:
                 found["score_l0_r"] = max(layer.score_l0_r for layer in layers)
                 found["active_fraction"] = max(layer.active_fraction for layer in layers)
                 found["load_entropy"] = min(layer.load_entropy for layer in layers)
-                dead = [self._ever_fired(f"{who}|{number}") for number in self.layers[name]]
+                dead = [self._ever_fired(name, number) for number in self.layers[name]]
                 found["dead_fraction"] = 1 - sum(dead) / len(dead)
             self.measured[name] = found
             self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in found.items()})
 
-    def _ever_fired(self, key: str) -> float:
+    def _ever_fired(self, name: str, number: int) -> float:
         """Share of a layer's neurons that fired on any process."""
-        everywhere: Any = self.all_gather(self._fired[key])
-        fired = torch.as_tensor(everywhere).reshape(-1, *self._fired[key].shape).amax(0)
-        return float(fired.mean())
+        own = self._fired[name, number]
+        everywhere: Any = self.all_gather(own)
+        return float(torch.as_tensor(everywhere).reshape(-1, *own.shape).amax(0).mean())
 
     # -- what is left behind -----------------------------------------------------------------------------------------
 

@@ -95,6 +95,11 @@ def top_gates(scores: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor,
     return (best / temperature).softmax(-1), index
 
 
+def load_shares(index: Tensor, experts: int) -> Tensor:
+    """(M,) in double precision: share of all choices (N, k) that fell on each expert."""
+    return torch.bincount(index.flatten(), minlength=experts).double() / index.numel()
+
+
 def balance_loss(scores: Tensor, index: Tensor, over_all: Callable[[Tensor], Tensor] = lambda mean: mean) -> Tensor:
     """Switch load-balance loss ``M sum_j f_j P_j``; 1 where all experts get the same.
 
@@ -105,7 +110,7 @@ def balance_loss(scores: Tensor, index: Tensor, over_all: Callable[[Tensor], Ten
     """
     experts = scores.shape[1]
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    share = torch.bincount(index.flatten(), minlength=experts).to(scores.dtype) / index.numel()
+    share = load_shares(index, experts).to(scores.dtype)
     return experts * (over_all(share) * over_all(scores.softmax(-1).mean(0))).sum()
 
 

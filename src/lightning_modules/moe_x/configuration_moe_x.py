@@ -17,12 +17,12 @@ class MoEXConfig(PretrainedConfig):
         n_head: attention heads.
         d_model: width.
         mlp: ``moe``, or ``dense``, the baseline.
-        act: ``relu`` or ``gelu`` for experts; for dense layers ``geglu`` and ``solu``, too.
+        act: ``relu``, ``gelu`` or ``gelu_tanh`` (GPT-2's) for experts; for dense layers ``geglu`` and ``solu``, too.
         n_experts: M (paper: 8).
         experts_per_token: k (paper: 2).
         expert_hidden: neurons of an expert; None for 4 d_model.
-        mlp_hidden: neurons of a dense layer; None for as many as a token's experts have, which are the same active
-            parameters (paper's baseline).
+        mlp_hidden: neurons of a dense layer; None for the same active parameters as with experts (paper's baseline):
+            as many as a token's experts have, with ``geglu``, which has three matrices, two thirds of that.
         router: ``sparsity`` (paper) or ``linear`` (Switch).
         router_temperature: of the gates' softmax.
         router_variance: ``diag`` (paper) or ``full``.
@@ -73,7 +73,8 @@ class MoEXConfig(PretrainedConfig):
 
     def dense_hidden(self) -> int:
         """Neurons of a dense feed-forward."""
-        return int(self.mlp_hidden or self.experts_per_token * self.expert_hidden)
+        active = self.experts_per_token * self.expert_hidden
+        return int(self.mlp_hidden or (2 * active // 3 if self.act == "geglu" else active))
 
     def has_experts(self, block: int) -> bool:
         """Whether a block's feed-forward is an MoE-X layer."""

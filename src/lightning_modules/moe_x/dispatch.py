@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Activation = Literal["relu", "gelu"]
+Activation = Literal["relu", "gelu", "gelu_tanh"]
 Backend = Literal["grouped", "loop", "wide"]
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:
     """The experts' non-linearity."""
-    return F.relu(hidden) if activation == "relu" else F.gelu(hidden)
+    if activation == "relu":
+        return F.relu(hidden)
+    return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def best_backend(like: Tensor, d: int, hidden: int) -> Backend:

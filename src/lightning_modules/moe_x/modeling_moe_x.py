@@ -12,17 +12,18 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_moe_x import MoEXConfig
+from .dispatch import activate
 from .layer import MoEXMLP
 
 
 class DenseMLP(nn.Module):
-    """The baseline feed-forward: ``gelu``, ``relu``, ``geglu`` or ``solu`` (h softmax(h), then a layer norm)."""
+    """The baseline feed-forward: an expert's activation, ``geglu``, or ``solu`` (h softmax(h), then a layer norm)."""
 
     def __init__(self, config: MoEXConfig) -> None:
         super().__init__()
         hidden, self.act = config.dense_hidden(), config.act
-        if self.act not in ("gelu", "relu", "geglu", "solu"):
-            raise ValueError(f"act={self.act!r}: a dense layer has gelu, relu, geglu or solu")
+        if self.act not in ("gelu", "gelu_tanh", "relu", "geglu", "solu"):
+            raise ValueError(f"act={self.act!r}: a dense layer has gelu, gelu_tanh, relu, geglu or solu")
         self.c_fc = nn.Linear(config.d_model, hidden * (2 if self.act == "geglu" else 1), bias=config.bias)
         self.c_proj = _into_residual(hidden, config)
         self.norm = nn.LayerNorm(hidden, bias=config.bias) if self.act == "solu" else None
@@ -36,7 +37,7 @@ class DenseMLP(nn.Module):
         if self.norm is not None:
             normed: Tensor = self.norm(hidden * hidden.softmax(-1))
             return normed
-        return F.relu(hidden) if self.act == "relu" else F.gelu(hidden)
+        return activate(hidden, self.act)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) to (..., d)."""

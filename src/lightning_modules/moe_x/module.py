@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,19 +16,13 @@ from torch.nn import functional as F
 from safelight.errors import SafelightError
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.moe_x.configuration_moe_x import MoEXConfig
+from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS, Control, Entry, window
 from safelight.lightning_modules.moe_x.measuring import firing, inputs_of
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
+from safelight.lightning_modules.moe_x.upcycling import Upcycling, load_dense, upcycle
 from safelight.lightning_modules.schedules import warmup_cosine
 from safelight.metrics import SampleMean
 from safelight.metrics.routing import LayerRouting, RoutingStatistics
-
-Control = Literal["dense", "router_linear", "gelu_experts"]
-CONTROLS: dict[str, dict[str, Any]] = {
-    "dense": {"mlp": "dense", "act": "gelu"},
-    "router_linear": {"router": "linear", "act": "gelu"},
-    "gelu_experts": {"act": "gelu"},
-}
-"""What is different in each control: the dense model of as many active parameters, Switch, and GELU experts."""
 
 
 def _cross_entropy(model: MoEXForCausalLM, tokens: Tensor) -> Tensor:
@@ -50,7 +44,8 @@ class MoEX(SafelightModule):
         n_head: attention heads (paper, chess: 8).
         d_model: width (paper, chess: 512).
         mlp: ``moe``, or ``dense`` for the baseline.
-        act: of the experts, ``relu`` (paper) or ``gelu``; a dense model has ``geglu`` and ``solu``, too.
+        act: of the experts, ``relu`` (paper), ``gelu`` or ``gelu_tanh`` (GPT-2's); a dense model has ``geglu`` and
+            ``solu``, too.
         n_experts: M (paper: 8).
         experts_per_token: k (paper: 2).
         expert_hidden: neurons of an expert (paper: 4 d_model); null for that.
@@ -64,7 +59,16 @@ class MoEX(SafelightModule):
         dropout: in training.
         balance_coef: weight of the load-balance loss, summed over layers (the paper gives none; Switch: .01).
         z_coef: weight of the router's z-loss (0; scores are bounded).
-        controls: more models trained on the same batches: ``dense``, ``router_linear``, ``gelu_experts``.
+        controls: more models trained on the same batches, see ``lineup.py``: ``dense`` (and ``dense_relu``,
+            ``dense_geglu``, ``dense_solu``) of as many active parameters, ``router_linear`` (Switch),
+            ``relu_experts``, ``gelu_experts``, and where experts begin as copies of a dense model ``scratch``,
+            ``source`` and ``dense_continued``.
+        dense_steps: so many steps train a dense model only (``expert_hidden`` wide), from which all models with experts
+            then begin (paper, Table 4: clearly better than from scratch; its own number is not published). Models that
+            do not begin there train in all steps.
+        upcycle_from: begin from a dense model that is there: an export of this method with ``mlp=dense``, or GPT-2.
+        upcycling: ``noise``, ``drop`` or ``split``, see :func:`upcycle`.
+        upcycling_amount: of noise, or of what is dropped; null for the default (.01, .5).
         lr: peak learning rate of AdamW (paper: 3e-4).
         min_lr: what it falls to, as a share of ``lr`` (paper: .1).
         warmup_steps: of linear warm-up (paper, chess: 2000).
@@ -88,7 +92,7 @@ class MoEX(SafelightModule):
         n_head: Annotated[int, Ge(1)] = 8,
         d_model: Annotated[int, Ge(1)] = 512,
         mlp: Literal["moe", "dense"] = "moe",
-        act: Literal["relu", "gelu", "geglu", "solu"] = "relu",
+        act: Literal["relu", "gelu", "gelu_tanh", "geglu", "solu"] = "relu",
         n_experts: Annotated[int, Ge(1)] = 8,
         experts_per_token: Annotated[int, Ge(1)] = 2,
         expert_hidden: Annotated[int, Ge(1)] | None = None,
@@ -103,6 +107,10 @@ class MoEX(SafelightModule):
         balance_coef: Annotated[float, Ge(0)] = 0.01,
         z_coef: Annotated[float, Ge(0)] = 0.0,
         controls: list[Control] | None = None,
+        dense_steps: Annotated[int, Ge(0)] = 0,
+        upcycle_from: str | None = None,
+        upcycling: Upcycling = "noise",
+        upcycling_amount: Annotated[float, Ge(0)] | None = None,
         lr: Annotated[float, Gt(0)] = 3e-4,
         min_lr: Annotated[float, Interval(ge=0, le=1)] = 0.1,
         warmup_steps: Annotated[int, Ge(0)] = 2000,
@@ -118,16 +126,36 @@ class MoEX(SafelightModule):
             raise SafelightError(f"vocabulary has {len(vocabulary)} characters, vocab_size is {vocab_size}")
         if act in ("geglu", "solu") and mlp == "moe":
             raise SafelightError(f"act={act}: experts have relu or gelu; mlp=dense has geglu and solu, too")
-        self.model = self._new({})
         self.control_names = tuple(controls or ())
+        self._refuse_contradictions()
+        self.model = self._new(OURS)
         self.controls = nn.ModuleDict({name: self._new(CONTROLS[name]) for name in self.control_names})
+        self.source = self._new(CONTROLS["source"]) if dense_steps and "source" not in self.control_names else None
+        self._upcycled = False
         self.history: dict[str, list[tuple[int, Tensor]]] = {}
         self.measured: dict[str, dict[str, float]] = {}
         self.layers: dict[str, dict[int, LayerRouting]] = {}
 
-    def _new(self, changes: Mapping[str, Any]) -> MoEXForCausalLM:
+    def _refuse_contradictions(self) -> None:
+        h = self.hparams
+        if h.dense_steps and h.upcycle_from:
+            raise SafelightError(
+                "dense_steps and upcycle_from: the dense model is either trained here or there already"
+            )
+        idle = sorted({"scratch", "source", "dense_continued"} & set(self.control_names))
+        if idle and not (h.dense_steps or h.upcycle_from):
+            raise SafelightError(
+                f"controls={idle}: only where experts begin as a dense model (dense_steps, upcycle_from)"
+            )
+        if h.mlp == "dense" and (h.dense_steps or h.upcycle_from):
+            raise SafelightError("mlp=dense: a dense model has no experts that could begin as another one")
+
+    def _new(self, entry: Entry) -> MoEXForCausalLM:
         """A model with fresh weights, the same for the same seed and configuration."""
         h = self.hparams
+        changes = dict(entry.changes)
+        if changes.get("mlp_hidden") == "expert":
+            changes["mlp_hidden"] = h.expert_hidden or 4 * h.d_model
         settings: dict[str, Any] = {
             "vocab_size": h.vocab_size, "block_size": h.block_size, "n_layer": h.n_layer, "n_head": h.n_head,
             "d_model": h.d_model, "mlp": h.mlp, "act": h.act, "n_experts": h.n_experts,
@@ -137,12 +165,21 @@ class MoEX(SafelightModule):
         }  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(h.seed)
-            return MoEXForCausalLM(MoEXConfig(**settings | dict(changes)))
+            return MoEXForCausalLM(MoEXConfig(**settings | changes))
 
     def models(self) -> dict[str, MoEXForCausalLM]:
         """The model under the empty name, then the controls."""
         found: dict[str, Any] = {"": self.model, **self.controls}
         return found
+
+    def _trained(self) -> dict[str, MoEXForCausalLM]:
+        """All models that learn: those of :meth:`models`, and the dense one they begin from."""
+        return self.models() | ({"source": self.source} if self.source is not None else {})
+
+    def _steps_of(self, name: str) -> tuple[int, int]:
+        """Steps in which a model is trained, the last not among them."""
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        return window(CONTROLS[name] if name else OURS, self.hparams.dense_steps, total)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -150,7 +187,12 @@ class MoEX(SafelightModule):
         """Cross entropy of the next token plus balance, of every model; no two share a weight."""
         tokens = self._tokens(batch)
         losses = []
-        for name, model in self.models().items():
+        for name, model in self._trained().items():
+            begin, end = self._steps_of(name)
+            if not begin <= self.trainer.global_step < end:
+                if self.trainer.world_size > 1:  # DDP waits for the gradient of every weight
+                    losses.append(0.0 * torch.stack([p.sum() for p in model.parameters()]).sum())
+                continue
             ce = _cross_entropy(model, tokens).mean()
             routings = [layer.routing for layer in model.expert_layers().values() if layer.routing is not None]
             balance = sum((routing.balance_loss(self._over_all) for routing in routings), ce.new_zeros(()))
@@ -197,33 +239,63 @@ class MoEX(SafelightModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **keywords: Any) -> None:
         """Clip each model by itself: together, a control would change how the model learns."""
-        for model in self.models().values():
+        for model in self._trained().values():
             torch.nn.utils.clip_grad_norm_(model.parameters(), self.hparams.clip)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with linear warm-up and cosine decay to a share of the rate; weight decay of matrices only."""
         hparams = self.hparams
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": hparams.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        betas = tuple(hparams.betas or (0.9, 0.95))
-        optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=betas)
-        total, warmup = max(int(self.trainer.estimated_stepping_batches), 1), int(hparams.warmup_steps)
+        groups, factors = [], []
+        for name, model in self._trained().items():
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            groups += [
+                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": hparams.weight_decay},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ]
+            factors += 2 * [self._rate_factor(*self._steps_of(name))]
+        optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=tuple(hparams.betas or (0.9, 0.95)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate_factor(self, begin: int, end: int) -> Callable[[int], float]:
+        """Warm-up and cosine over a model's own steps; none outside, where not even weight decay may move it."""
+        warmup, low = int(self.hparams.warmup_steps), float(self.hparams.min_lr)
 
         def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            low = float(hparams.min_lr)
-            return low + (1 - low) * warmup_cosine(step, warmup, total)
+            if not begin <= step < end:
+                return 0.0
+            if step - begin < warmup:
+                return (step - begin + 1) / (warmup + 1)
+            return low + (1 - low) * warmup_cosine(step - begin, warmup, end - begin)
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return factor
 
     def on_fit_start(self) -> None:
         """Forget an earlier training's curve."""
-        self.history = {}
+        self.history, self._upcycled = {}, False
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Where a dense model is there to begin from, begin."""
+        h = self.hparams
+        if self._upcycled or not (h.dense_steps or h.upcycle_from) or self.trainer.global_step != h.dense_steps:
+            return
+        self._upcycled = True
+        source = self.source if self.source is not None else self.controls["source"] if h.dense_steps else None
+        self._begin_from(load_dense(h.upcycle_from) if source is None else source)
+
+    def _begin_from(self, dense: nn.Module) -> None:
+        """Write the weights of all models that begin as ``dense``; their optimiser starts afresh."""
+        assert isinstance(dense, MoEXForCausalLM)
+        h = self.hparams
+        moments: Any = self.trainer.optimizers[0].state
+        for name, model in self.models().items():
+            begins = (CONTROLS[name] if name else OURS).begins
+            if begins == "random" or (begins == "source" and h.dense_steps):
+                continue
+            made = upcycle(dense, model.config, h.upcycling, amount=h.upcycling_amount, seed=h.seed)
+            model.load_state_dict(made.state_dict())
+            for parameter in model.parameters():
+                moments.pop(parameter, None)
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS
 from safelight.reporting import Claim, Tile
 from safelight.reporting.files import write_text
 
@@ -15,12 +16,7 @@ if TYPE_CHECKING:
     from safelight.lightning_modules.moe_x.module import MoEX
     from safelight.reporting import Report
 
-LABELS = {
-    "": "MoE-X (ours)",
-    "dense": "dense, same active size",
-    "router_linear": "learned router, GELU (Switch)",
-    "gelu_experts": "sparsity router, GELU experts",
-}
+LABELS = {"": OURS.label} | {name: entry.label for name, entry in CONTROLS.items()}
 CODE = ("configuration_moe_x.py", "modeling_moe_x.py", "layer.py", "router.py", "dispatch.py")
 """Files of this folder that a saved model needs; they import nothing of safelight."""
 

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
 from lightning.pytorch import LightningDataModule
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from safelight import zoo
+from safelight.datamodules.chess_boards import BoardStates, board_states
 from safelight.datamodules.chess_games import VOCABULARY, encode, read_games, rows_of
-from safelight.datamodules.faults import OnError, drawn
+from safelight.datamodules.faults import Faults, OnError, drawn
 from safelight.datamodules.loading import ResumableLoader
 from safelight.errors import SafelightError
 
 
 class GameRows(Dataset[dict[str, Any]]):
-    """Rows of games; items: ``tokens`` (T + 1,) and ``index``.
+    """Rows of games; items: ``tokens`` (T + 1,) and ``index``; with boards ``board_at`` (P,) and ``board``, too.
+
+    ``board`` holds property sets (P, classes) at the characters ``board_at``, which are -1 (and the sets 0) where a row
+    has fewer.
 
     Args:
         rows: texts of equal length.
+        boards: of each row.
+        positions: P.
     """
 
-    def __init__(self, rows: Sequence[str]) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Sequence[str], boards: Sequence[BoardStates] | None = None, positions: int = 20) -> None:
+        self.rows, self.boards, self.positions = list(rows), boards, positions
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"tokens": torch.tensor(encode(self.rows[index])), "index": index}
+        item: dict[str, Any] = {"tokens": torch.tensor(encode(self.rows[index])), "index": index}
+        if self.boards is not None:
+            states = self.boards[index]
+            missing = self.positions - len(states.at)
+            item["board_at"] = pad(states.at, (0, missing), value=-1)
+            item["board"] = {name: pad(value, (0, 0, 0, missing)) for name, value in states.labels().items()}
+        return item
 
 
 class ChessDataModule(LightningDataModule):
@@ -44,6 +58,13 @@ class ChessDataModule(LightningDataModule):
         held_out: share of the games that training never sees.
         games: use the so many first games only; null for all.
         test_size: rows of the tests; null for all held-out ones.
+        check_moves: play all games through and refuse those with illegal moves (a minute for 40,000 games). Test rows
+            are played through in any case where boards are known.
+        boards: what test rows say about the board where White is to move: ``pieces`` (four property sets), ``all`` (23,
+            a millisecond a position), or nothing; ``auto`` is ``pieces`` where the ``chess`` extra is installed.
+        board_characters: so many first characters of a row are looked at (reference: 256).
+        board_positions: of the first so many moves of a row (reference: 20).
+        bge_compat: count forks and mate threats as the reference does, see :func:`board_states`.
         on_error: a game that cannot be used ends the run, or is left out with a warning.
         batch_size: rows per device and step (paper: 100).
         test_batch_size: test rows per device.
@@ -61,6 +82,11 @@ class ChessDataModule(LightningDataModule):
         held_out: Annotated[float, Interval(gt=0, lt=1)] = 0.1,
         games: Annotated[int, Ge(2)] | None = None,
         test_size: Annotated[int, Ge(1)] | None = 256,
+        check_moves: bool = False,
+        boards: Literal["auto", "pieces", "all"] | None = "auto",
+        board_characters: Annotated[int, Ge(8)] = 256,
+        board_positions: Annotated[int, Ge(1)] = 20,
+        bge_compat: bool = False,
         on_error: OnError = "raise",
         batch_size: Annotated[int, Gt(0)] = 24,
         test_batch_size: Annotated[int, Ge(1)] = 32,
@@ -72,6 +98,8 @@ class ChessDataModule(LightningDataModule):
         self.path, self.block_size, self.held_out, self.games = path, block_size, held_out, games
         self.test_size, self.on_error, self.batch_size = test_size, on_error, batch_size
         self.test_batch_size, self.num_workers, self.seed = test_batch_size, num_workers, seed
+        self.check_moves, self.boards, self.bge_compat = check_moves, boards, bge_compat
+        self.board_characters, self.board_positions = board_characters, board_positions
         self.train_set: GameRows | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -84,7 +112,7 @@ class ChessDataModule(LightningDataModule):
             return
         shipped = self.path.startswith("zoo:")
         file = zoo.path(self.path.removeprefix("zoo:")) / "games.txt.xz" if shipped else Path(self.path).expanduser()
-        games = read_games(file, self.on_error)[: self.games]
+        games = read_games(file, self.on_error, check_moves=self.check_moves)[: self.games]
         held = [drawn(game) < self.held_out for game in games]
         train, test = (
             rows_of([game for game, out in zip(games, held, strict=True) if out == side], self.block_size + 1)
@@ -98,7 +126,31 @@ class ChessDataModule(LightningDataModule):
                 f"data.block_size={self.block_size}: {len(games)} games make {len(train)} training and {len(test)} "
                 "test rows; give more games or a shorter context"
             )
-        self.train_set, self.test_set = GameRows(train), GameRows(test[: self.test_size])
+        self.train_set = GameRows(train)
+        test, boards = self._with_boards(test[: self.test_size], file)
+        self.test_set = GameRows(test, boards, self.board_positions)
+
+    def _with_boards(self, rows: list[str], file: Path) -> tuple[list[str], list[BoardStates] | None]:
+        """Test rows and what stands on their boards."""
+        boards = self.boards
+        if boards == "auto":
+            boards = "pieces" if find_spec("chess") else None
+        if boards is None:
+            return rows, None
+        faults, kept = Faults(self.on_error), []
+        for row in rows:
+            try:
+                states = board_states(
+                    row, boards=boards, characters=min(self.board_characters, self.block_size),
+                    positions=self.board_positions, bge_compat=self.bge_compat,
+                )  # fmt: skip
+                kept.append((row, states))
+            except SafelightError as error:
+                if not find_spec("chess"):
+                    raise
+                faults.add(f"{file}: in the game {row[1:40]}...: {error}; data.check_moves=true gives its line")
+        faults.report()
+        return [row for row, _ in kept], [states for _, states in kept]
 
     def train_dataloader(self) -> ResumableLoader:
         """Rows in an order fixed by (seed, epoch)."""
@@ -110,8 +162,11 @@ class ChessDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Rows of held-out games."""
-        return DataLoader(self.test_set, batch_size=self.test_batch_size, num_workers=self.num_workers)
+        return self._loader(GameRows(self.test_set.rows))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Rows of held-out games."""
-        return self.val_dataloader()
+        """Rows of held-out games, with their boards where these are known."""
+        return self._loader(self.test_set)
+
+    def _loader(self, rows: GameRows) -> DataLoader[Any]:
+        return DataLoader(rows, batch_size=self.test_batch_size, num_workers=self.num_workers)

@@ -9,6 +9,8 @@ from safelight.lazy import lazy_exports
 if TYPE_CHECKING:
     from safelight.metrics.accuracy import ConceptAccuracy as ConceptAccuracy
     from safelight.metrics.accuracy import ShuffledAccuracy as ShuffledAccuracy
+    from safelight.metrics.board_state import BoardCoverage as BoardCoverage
+    from safelight.metrics.board_state import BoardReconstruction as BoardReconstruction
     from safelight.metrics.clip import ClipJudge as ClipJudge
     from safelight.metrics.clip_score import ClipScore as ClipScore
     from safelight.metrics.cost import cost_report as cost_report
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from safelight.metrics.detection_rate import DetectionRate as DetectionRate
     from safelight.metrics.distance import FeatureDistance as FeatureDistance
     from safelight.metrics.latent import LatentError as LatentError
+    from safelight.metrics.legal_moves import LegalMoveRate as LegalMoveRate
     from safelight.metrics.nudity import NudeNetDetector as NudeNetDetector
     from safelight.metrics.perceptual import ClipMaps as ClipMaps
     from safelight.metrics.perceptual import PerceptualDistance as PerceptualDistance
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AnyJudge": "safety",
+    "BoardCoverage": "board_state",
+    "BoardReconstruction": "board_state",
     "ClipDetector": "detection",
     "ClipJudge": "clip",
     "ClipMaps": "perceptual",
@@ -47,6 +52,7 @@ _HOME = {
     "DetectionRate": "detection_rate",
     "FeatureDistance": "distance",
     "LatentError": "latent",
+    "LegalMoveRate": "legal_moves",
     "NudeNetDetector": "nudity",
     "NudityJudge": "safety",
     "OpenNsfwJudge": "safety",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 Control = Literal[
     "dense", "dense_relu", "dense_geglu", "dense_solu", "router_linear", "relu_experts", "gelu_experts", "scratch",
-    "source", "dense_continued",
+    "source", "dense_continued", "untrained",
 ]  # fmt: skip
 
 
@@ -20,12 +20,12 @@ class Entry:
         label: in tables.
         changes: what its configuration has otherwise.
         begins: from ``random`` weights at the first step; where the source stands (``upcycled``) when that is trained,
-            as experts or as its copy; or it is the ``source`` and ends there.
+            as experts or as its copy; it is the ``source`` and ends there; or it never learns.
     """
 
     label: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    begins: Literal["random", "upcycled", "source"] = "upcycled"
+    begins: Literal["random", "upcycled", "source", "never"] = "upcycled"
 
 
 OURS = Entry("MoE-X (ours)")
@@ -41,10 +41,14 @@ CONTROLS: dict[str, Entry] = {
     "scratch": Entry("MoE-X from scratch", {}, "random"),
     "source": Entry("dense source", _DENSE | {"mlp_hidden": "expert"}, "source"),
     "dense_continued": Entry("dense source, trained on", _DENSE | {"mlp_hidden": "expert"}),
+    "untrained": Entry("MoE-X, untrained", {}, "never"),
 }
 """Rows of the paper's Tables 1, 3 and 4, beside ours."""
 
 
 def window(entry: Entry, dense_steps: int, total: int) -> tuple[int, int]:
     """First step of a model's training and the one after its last."""
-    return {"random": (0, total), "upcycled": (dense_steps, total), "source": (0, dense_steps)}[entry.begins]
+    spans = {
+        "random": (0, total), "upcycled": (dense_steps, total), "source": (0, dense_steps), "never": (total, total),
+    }  # fmt: skip
+    return spans[entry.begins]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.lightning_modules.moe_x.layer import MoEXMLP
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
@@ -15,14 +15,16 @@ from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
 
 @contextmanager
 def inputs_of(model: MoEXForCausalLM) -> Iterator[dict[int, Tensor]]:
-    """Inputs (B, T, d) of the model's expert layers, by block, of the last forward pass inside."""
+    """Inputs (B, T, d) of the model's feed-forwards, by block, of the last forward pass inside."""
     seen: dict[int, Tensor] = {}
 
     def keep(number: int) -> object:
         return lambda module, args: seen.__setitem__(number, args[0].detach())
 
-    layers: dict[int, nn.Module] = dict(model.expert_layers())
-    hooks = [layer.register_forward_pre_hook(keep(number)) for number, layer in layers.items()]  # type: ignore[arg-type]
+    hooks = [
+        block.mlp.register_forward_pre_hook(keep(number))  # type: ignore[arg-type]
+        for number, block in enumerate(model.blocks)
+    ]
     try:
         yield seen
     finally:

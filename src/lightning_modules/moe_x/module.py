@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,13 +16,15 @@ from torch.nn import functional as F
 
 from safelight.errors import SafelightError
 from safelight.lightning_modules.base import SafelightModule
+from safelight.lightning_modules.moe_x.board_reading import BoardReader, BoardResult
 from safelight.lightning_modules.moe_x.configuration_moe_x import MoEXConfig
 from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS, Control, Entry, window
 from safelight.lightning_modules.moe_x.measuring import firing, inputs_of
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
+from safelight.lightning_modules.moe_x.sampling import sample
 from safelight.lightning_modules.moe_x.upcycling import Upcycling, load_dense, upcycle
 from safelight.lightning_modules.schedules import warmup_cosine
-from safelight.metrics import SampleMean
+from safelight.metrics import LegalMoveRate, SampleMean
 from safelight.metrics.routing import LayerRouting, RoutingStatistics
 
 
@@ -34,7 +37,8 @@ def _cross_entropy(model: MoEXForCausalLM, tokens: Tensor) -> Tensor:
 class MoEX(SafelightModule):
     """A language model whose experts are ReLU MLPs behind a router that prefers the sparsest (arXiv 2503.07639).
 
-    Batches: a dict with ``tokens`` (B, T + 1) of integers; test batches also ``index`` (B,).
+    Batches: a dict with ``tokens`` (B, T + 1) of integers; test batches also ``index`` (B,), and where boards are known
+    ``board_at`` (B, P), positions or -1, and ``board``, property set to (B, P, C) of 0 and 1, the headline first.
 
     Args:
         vocab_size: tokens (chess: 32 characters).
@@ -75,12 +79,18 @@ class MoEX(SafelightModule):
         weight_decay: of tensors with two or more dimensions (nanoGPT: .1).
         betas: of AdamW (nanoGPT: .9, .95).
         clip: largest norm of each model's gradient (paper: 1).
+        sampled_games: so many games of chess are sampled in a test and played through (needs the ``chess`` extra).
+        board_layers: blocks whose neurons are asked for the board; null for all.
+        bge_compat: choose the threshold of the reconstruction as the published evaluation does.
         probed_tokens: evenly spaced positions of each test row at which all experts are computed.
         seed: of the initial weights.
     """
 
-    metric_names = ("val_ce", "perplexity", "score_l0_r", "active_fraction", "load_entropy", "dead_fraction")
-    control_names: tuple[str, ...] = ("dense", "router_linear")
+    metric_names = (
+        "val_ce", "perplexity", "score_l0_r", "active_fraction", "load_entropy", "dead_fraction", "coverage",
+        "reconstruction", "legal_move_rate",
+    )  # fmt: skip
+    control_names: tuple[str, ...] = ("dense", "router_linear", "untrained")
 
     def __init__(
         self,
@@ -117,6 +127,9 @@ class MoEX(SafelightModule):
         weight_decay: Annotated[float, Ge(0)] = 0.1,
         betas: list[float] | None = None,
         clip: Annotated[float, Gt(0)] = 1.0,
+        sampled_games: Annotated[int, Ge(0)] = 0,
+        board_layers: list[int] | None = None,
+        bge_compat: bool = False,
         probed_tokens: Annotated[int, Ge(1)] = 16,
         seed: int = 0,
     ) -> None:
@@ -135,6 +148,8 @@ class MoEX(SafelightModule):
         self.history: dict[str, list[tuple[int, Tensor]]] = {}
         self.measured: dict[str, dict[str, float]] = {}
         self.layers: dict[str, dict[int, LayerRouting]] = {}
+        self.boards: dict[tuple[str, int], dict[str, BoardResult]] = {}
+        self.games: dict[str, list[str]] = {}
 
     def _refuse_contradictions(self) -> None:
         h = self.hparams
@@ -290,7 +305,7 @@ class MoEX(SafelightModule):
         moments: Any = self.trainer.optimizers[0].state
         for name, model in self.models().items():
             begins = (CONTROLS[name] if name else OURS).begins
-            if begins == "random" or (begins == "source" and h.dense_steps):
+            if begins != "upcycled" and not (begins == "source" and h.upcycle_from):
                 continue
             made = upcycle(dense, model.config, h.upcycling, amount=h.upcycling_amount, seed=h.seed)
             model.load_state_dict(made.state_dict())
@@ -311,13 +326,17 @@ class MoEX(SafelightModule):
         places = [(name, layer) for name, model in self.models().items() for layer in model.expert_layers()]
         self._routing = {place: RoutingStatistics().to(self.device) for place in places}
         self._fired: dict[tuple[str, int], Tensor] = {}
+        self._reader = BoardReader(per_square=self.hparams.bge_compat)
+        self.boards, self.games = {}, {}
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Cross entropy, and at some positions of each row all experts."""
+        """Cross entropy, at some positions of each row all experts, and the neurons where boards are known."""
         tokens, index = self._tokens(batch), torch.as_tensor(batch["index"])
         length = tokens.shape[1] - 1
         count = min(self.hparams.probed_tokens, length)
         places = [place * length // count for place in range(count)]
+        if "board" in batch:
+            self._reader.note(batch["board_at"], batch["board"], index)
         for name, model in self.models().items():
             with inputs_of(model) as seen:
                 ce = _cross_entropy(model, tokens).view(len(tokens), -1).mean(1)
@@ -327,9 +346,15 @@ class MoEX(SafelightModule):
                 place, fired = (name, number), found.fired.float()
                 self._routing[place].update(found.scores, found.share, found.index, index)
                 self._fired[place] = torch.maximum(self._fired.get(place, fired), fired)
+            if "board" in batch:
+                for number in self.hparams.board_layers or range(len(model.blocks)):
+                    mlp: Any = model.blocks[number].mlp
+                    self._reader.add((name, number), mlp, seen[number], batch["board_at"], index)
 
     def on_test_epoch_end(self) -> None:
-        """Log the model beside its controls: over its layers the worst of each figure."""
+        """Log the model beside its controls: over its layers the worst of each figure, of the boards the best."""
+        if self._reader.labels:
+            self.boards = self._reader.results(self._stacked, self.global_rank, self.device)
         for name, model in self.models().items():
             ce = float(self._ce[name].compute())
             found = {"val_ce": ce, "perplexity": math.exp(ce)}
@@ -341,14 +366,43 @@ class MoEX(SafelightModule):
                 found["load_entropy"] = min(layer.load_entropy for layer in layers)
                 dead = [self._ever_fired(name, number) for number in self.layers[name]]
                 found["dead_fraction"] = 1 - sum(dead) / len(dead)
+            found |= self._of_boards(name)
+            if self.hparams.sampled_games and self._knows_chess():
+                found["legal_move_rate"] = self._play(name, model)
             self.measured[name] = found
             self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in found.items()})
 
+    def _stacked(self, value: Tensor) -> Tensor:
+        """All processes' tensors of one shape, with a first dimension for them."""
+        everywhere: Any = self.all_gather(value.to(self.device))
+        return torch.as_tensor(everywhere).reshape(-1, *value.shape)
+
+    def _of_boards(self, name: str) -> dict[str, float]:
+        """Coverage and reconstruction of the headline property set, each of the layer that is best at it."""
+        layers = [next(iter(sets.values())) for (model, _), sets in self.boards.items() if model == name]
+        if not layers:
+            return {}
+        return {
+            "coverage": max(layer.coverage for layer in layers),
+            "reconstruction": max(layer.reconstruction for layer in layers),
+        }
+
+    def _knows_chess(self) -> bool:
+        return ";" in (self.hparams.vocabulary or "") and find_spec("chess") is not None
+
+    def _play(self, name: str, model: MoEXForCausalLM) -> float:
+        """Sample games from the first character on; the share of their half-moves that are legal."""
+        vocabulary = self.hparams.vocabulary
+        start = torch.tensor([[vocabulary.index(c) for c in ";1."]] * self.hparams.sampled_games, device=self.device)
+        tokens = sample(model, start, self.hparams.block_size + 1, seed=self.hparams.seed)
+        self.games[name] = ["".join(vocabulary[token] for token in row) for row in tokens.tolist()]
+        rate = LegalMoveRate(sync_on_compute=False)  # every process samples the same games
+        rate.update(self.games[name], [0] * len(self.games[name]))
+        return float(rate.compute())
+
     def _ever_fired(self, name: str, number: int) -> float:
         """Share of a layer's neurons that fired on any process."""
-        own = self._fired[name, number]
-        everywhere: Any = self.all_gather(own)
-        return float(torch.as_tensor(everywhere).reshape(-1, *own.shape).amax(0).mean())
+        return float(self._stacked(self._fired[name, number]).amax(0).mean())
 
     # -- what is left behind -----------------------------------------------------------------------------------------
 

@@ -28,7 +28,9 @@ def table(module: MoEX) -> list[dict[str, Any]] | None:
     names = {
         "val_ce": "cross entropy", "perplexity": "perplexity", "score_l0_r": "r(score, L0)",
         "active_fraction": "neurons firing", "load_entropy": "load entropy", "dead_fraction": "dead neurons",
+        "coverage": "coverage", "reconstruction": "reconstruction", "legal_move_rate": "legal moves",
     }  # fmt: skip
+    names = {key: label for key, label in names.items() if any(key in found for found in module.measured.values())}
     return [
         {"model": LABELS[name], **{label: found.get(key) for key, label in names.items()}}
         for name, found in module.measured.items()

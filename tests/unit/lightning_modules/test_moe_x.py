@@ -159,7 +159,7 @@ def test_report_and_artefact(tested: MoEX, tmp_path: Path) -> None:
     report = Report("test")
     tested.fill_report(report)
     page = report.html()
-    for text in ("MoE-X (ours)", "dense, same active size", "Layer by layer", "learned router"):
+    for text in ("MoE-X (ours)", "dense GELU, same active size", "Layer by layer", "learned router"):
         assert text in page
     assert report.claims[0].kind == "algorithmic"
     assert len(report.claims[0].evidence) == 2

@@ -36,8 +36,9 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def chosen(file: str) -> dict[str, str]:
-    """What a file's defaults list overrides: group to option."""
-    return {key.removeprefix("override /"): option for entry in read(file)["defaults"] for key, option in entry.items()}
+    """What a file's defaults list overrides: group to option; a file it is built on (a plain name) is none."""
+    entries = [entry for entry in read(file)["defaults"] if isinstance(entry, dict)]
+    return {key.removeprefix("override /"): option for entry in entries for key, option in entry.items()}
 
 
 def every(*groups: str) -> list[str]:

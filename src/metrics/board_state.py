@@ -215,3 +215,20 @@ def _micro_f1(counts: Tensor) -> Tensor:
     """(T, 3) of right, wrong and missed to (T,)."""
     right, wrong, missed = counts.unbind(1)
     return 2 * right / (2 * right + wrong + missed).clamp(min=1)
+
+
+PIECES = tuple(
+    f"{color} {piece}"
+    for color, pieces in (
+        ("black", ("king", "queen", "rook", "bishop", "knight", "pawn")),
+        ("white", ("pawn", "knight", "bishop", "rook", "queen", "king")),
+    )
+    for piece in pieces
+)
+"""Classes of a square in sets of 64 times twelve classes."""
+
+
+def piece_on_square(number: int) -> str:
+    """Class of such a set in words: ``white knight on f3``."""
+    square, piece = divmod(number, len(PIECES))
+    return f"{PIECES[piece]} on {'abcdefgh'[square % 8]}{square // 8 + 1}"

@@ -83,11 +83,13 @@ def scatter_chart(
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{svg}</div>'
 
 
-def cloud_chart(groups: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Many points of several kinds, such as texts in two principal directions; the axes carry no unit.
+def cloud_chart(groups: Mapping[str, Sequence[tuple[float, float]]], x_label: str = "", y_label: str = "") -> str:
+    """Many points of several kinds, such as texts in two principal directions.
 
     Args:
         groups: Name -> points ``(x, y)``, all finite.
+        x_label: What the x axis shows; without labels the axes carry no unit and are not drawn.
+        y_label: What the y axis shows.
 
     Returns:
         HTML: a legend and the SVG.
@@ -97,13 +99,20 @@ def cloud_chart(groups: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         return '<p class="note">There is no point to draw.</p>'
     x_low, x_high = _widened(min(x for x, _ in everything), max(x for x, _ in everything), 0.04)
     y_low, y_high = _widened(min(y for _, y in everything), max(y for _, y in everything), 0.04)
+    foot = _BOTTOM if x_label or y_label else _TOP
+
+    def sx(x: float) -> float:
+        return _LEFT + (x - x_low) / (x_high - x_low) * (_W - _LEFT - _RIGHT)
+
+    def sy(y: float) -> float:
+        return _H - foot - (y - y_low) / (y_high - y_low) * (_H - _TOP - foot)
+
     parts = []
+    if x_label or y_label:
+        xs = [(sx(tick), _tick(tick)) for tick in nice_ticks(x_low, x_high, 7)]
+        parts = _axes(xs, [(sy(tick), _tick(tick)) for tick in nice_ticks(y_low, y_high)], x_label, y_label)
     for number, points in enumerate(groups.values()):
-        dots = "".join(
-            f'<circle class="dot" cx="{_LEFT + (x - x_low) / (x_high - x_low) * (_W - _LEFT - _RIGHT):.1f}" '
-            f'cy="{_H - _TOP - (y - y_low) / (y_high - y_low) * (_H - 2 * _TOP):.1f}" r="4"/>'
-            for x, y in points
-        )
+        dots = "".join(f'<circle class="dot" cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="4"/>' for x, y in points)
         parts.append(f'<g class="curve few c{number % N_COLOURS}">{dots}</g>')
     label = escape(f"points of {', '.join(groups)}", quote=True)
     svg = f'<svg class="chart" viewBox="0 0 {_W} {_H}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

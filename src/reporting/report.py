@@ -17,6 +17,7 @@ from safelight.errors import SafelightError
 from safelight.reporting import charts, comparisons, tables
 from safelight.reporting.claims import Claim, write_claims
 from safelight.reporting.files import write_text
+from safelight.reporting.highlights import Highlighted, highlights
 from safelight.reporting.markup import inline, to_html
 from safelight.reporting.pictures import Picture, grid, to_image
 from safelight.reporting.script import SCRIPT, policy
@@ -215,9 +216,18 @@ class Report:
         chart = comparisons.scatter_chart(points, x_label, y_label, ours=ours)
         self._figure(heading, f'<div class="card plot">{chart}</div>', note)
 
-    def add_cloud(self, heading: str, groups: Mapping[str, Sequence[tuple[float, float]]], note: str = "") -> None:
-        """Adds many points ``{kind: [(x, y)]}`` in a plane without units."""
-        self._figure(heading, f'<div class="card plot">{comparisons.cloud_chart(groups)}</div>', note)
+    def add_cloud(
+        self,
+        heading: str,
+        groups: Mapping[str, Sequence[tuple[float, float]]],
+        note: str = "",
+        *,
+        x_label: str = "",
+        y_label: str = "",
+    ) -> None:
+        """Adds many points ``{kind: [(x, y)]}`` in a plane; without labels its axes carry no unit and are not drawn."""
+        chart = comparisons.cloud_chart(groups, x_label, y_label)
+        self._figure(heading, f'<div class="card plot">{chart}</div>', note)
 
     def add_shares(
         self,
@@ -230,6 +240,10 @@ class Report:
         """Adds a column per row ``(label, shares)``, cut into the shares of the parties ``names``."""
         chart = comparisons.share_columns(names, rows, x_label)
         self._figure(heading, f'<div class="card plot">{chart}</div>', note)
+
+    def add_highlights(self, heading: str, items: Sequence[Highlighted], note: str = "") -> None:
+        """Adds texts whose tokens are shaded by a number, a card for each item."""
+        self._section(heading, f"{highlights(items)}{_note(note)}")
 
     def add_claims(self, claims: Sequence[Claim], heading: str = "What this shows, and what it does not") -> None:
         """Adds a card per claim; :meth:`save` also writes them to ``claims.json``."""

@@ -155,6 +155,14 @@ svg.chart { display: block; width: 100%; min-width: 620px; height: auto; font-fa
 .bar.gone b { color: var(--bad); }
 .track { fill: color-mix(in srgb, var(--k) 14%, var(--card)); } .fill { fill: var(--k); }
 
+.highlights { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); }
+.highlight { padding: 16px 20px; } .highlight h3 { font-size: 15px; margin: 0 0 4px; }
+.highlight p { font-size: 13px; color: var(--soft); margin: 0 0 10px; }
+.highlight ol { list-style: none; margin: 0; padding: 0; font-family: var(--mono); font-size: 13px; line-height: 1.75;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.highlight mark { color: inherit; border-radius: 3px;
+  background: color-mix(in srgb, var(--lamp) var(--on), transparent); }
+
 .claims { display: grid; gap: 16px; }
 .claim { padding: 22px 24px 18px; }
 .claim > p { font-size: 19px; line-height: 1.45; letter-spacing: -.01em; font-weight: 580; margin: 10px 0 16px; }

@@ -30,6 +30,7 @@ class BoardResult:
         reconstruction: F1 of the board read from neurons that are right 95 % of the time.
         best: (C,), number of the best neuron for each class.
         best_f1: (C,).
+        present: (C,), positions at which each class occurs.
     """
 
     coverage: float
@@ -38,6 +39,7 @@ class BoardResult:
     reconstruction: float
     best: Tensor
     best_f1: Tensor
+    present: Tensor
 
 
 @dataclass
@@ -145,5 +147,6 @@ class BoardReader:
                     reconstruction=float(board.compute()),
                     best=best.cpu(),
                     best_f1=best_f1.cpu(),
+                    present=coverage.present[coverage.columns(name)].cpu(),
                 )
         return found

@@ -30,6 +30,8 @@ class MoEXConfig(PretrainedConfig):
         moe_every: one block in so many has experts, the last of each group.
         bias: biases of linear layers and norms.
         dropout: after embedding, attention and feed-forward.
+        pruned: of each block the widths that its experts are left with, or None for a whole block; None for a whole
+            model.
         tie_word_embeddings: head and token embedding are one matrix.
     """
 
@@ -59,6 +61,7 @@ class MoEXConfig(PretrainedConfig):
         moe_every: int = 1,
         bias: bool = False,
         dropout: float = 0.0,
+        pruned: list[list[int] | None] | None = None,
         tie_word_embeddings: bool = True,
         **further: Any,
     ) -> None:
@@ -68,6 +71,7 @@ class MoEXConfig(PretrainedConfig):
         self.expert_hidden, self.mlp_hidden = expert_hidden or 4 * d_model, mlp_hidden
         self.router, self.router_temperature, self.router_variance = router, router_temperature, router_variance
         self.detach_stats, self.moe_every, self.bias, self.dropout = detach_stats, moe_every, bias, dropout
+        self.pruned = pruned
         super().__init__(**further)
         self.tie_word_embeddings = tie_word_embeddings
 

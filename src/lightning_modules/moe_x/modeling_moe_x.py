@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_moe_x import MoEXConfig
 from .dispatch import activate
 from .layer import MoEXMLP
+from .pruned import PrunedMoEXMLP
 
 
 class DenseMLP(nn.Module):
@@ -83,6 +84,23 @@ class Attention(nn.Module):
         return mixed
 
 
+def _feed_forward(config: MoEXConfig, layer: int) -> nn.Module:
+    """The feed-forward of a block: experts, what pruning left of them, or a dense layer."""
+    settings: Any = {"act": config.act, "bias": config.bias}
+    if not config.has_experts(layer):
+        return DenseMLP(config)
+    if config.pruned and (widths := config.pruned[layer]) is not None:
+        return PrunedMoEXMLP(
+            config.d_model, widths, config.experts_per_token, linear=config.router == "linear",
+            temperature=config.router_temperature, **settings,
+        )  # fmt: skip
+    return MoEXMLP(
+        config.d_model, n_experts=config.n_experts, top_k=config.experts_per_token, expert_hidden=config.expert_hidden,
+        router=config.router, router_temperature=config.router_temperature,  # type: ignore[arg-type]
+        router_variance=config.router_variance, detach_stats=config.detach_stats, **settings,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
 class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
@@ -91,14 +109,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.d_model, bias=config.bias)
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.d_model, bias=config.bias)
-        self.mlp: nn.Module = DenseMLP(config)
-        if config.has_experts(layer):
-            self.mlp = MoEXMLP(
-                config.d_model, n_experts=config.n_experts, top_k=config.experts_per_token,
-                expert_hidden=config.expert_hidden, act=config.act, router=config.router,  # type: ignore[arg-type]
-                router_temperature=config.router_temperature, detach_stats=config.detach_stats, bias=config.bias,
-                router_variance=config.router_variance,  # type: ignore[arg-type]
-            )  # fmt: skip
+        self.mlp = _feed_forward(config, layer)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: DynamicCache | None, mask: Tensor | None) -> Tensor:

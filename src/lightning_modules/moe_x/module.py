@@ -21,6 +21,8 @@ from safelight.lightning_modules.moe_x.configuration_moe_x import MoEXConfig
 from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS, Control, Entry, window
 from safelight.lightning_modules.moe_x.measuring import firing, inputs_of
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
+from safelight.lightning_modules.moe_x.neurons import NeuronReader
+from safelight.lightning_modules.moe_x.reading import Reading, read_closely
 from safelight.lightning_modules.moe_x.sampling import sample
 from safelight.lightning_modules.moe_x.upcycling import Upcycling, load_dense, upcycle
 from safelight.lightning_modules.schedules import warmup_cosine
@@ -82,6 +84,7 @@ class MoEX(SafelightModule):
         sampled_games: so many games of chess are sampled in a test and played through (needs the ``chess`` extra).
         board_layers: blocks whose neurons are asked for the board; null for all.
         bge_compat: choose the threshold of the reconstruction as the published evaluation does.
+        reported_neurons: so many neurons of our model are shown with their contexts in the report and cut out.
         probed_tokens: evenly spaced positions of each test row at which all experts are computed.
         seed: of the initial weights.
     """
@@ -130,6 +133,7 @@ class MoEX(SafelightModule):
         sampled_games: Annotated[int, Ge(0)] = 0,
         board_layers: list[int] | None = None,
         bge_compat: bool = False,
+        reported_neurons: Annotated[int, Ge(0)] = 0,
         probed_tokens: Annotated[int, Ge(1)] = 16,
         seed: int = 0,
     ) -> None:
@@ -150,6 +154,8 @@ class MoEX(SafelightModule):
         self.layers: dict[str, dict[int, LayerRouting]] = {}
         self.boards: dict[tuple[str, int], dict[str, BoardResult]] = {}
         self.games: dict[str, list[str]] = {}
+        self.scatter: dict[str, tuple[Tensor, Tensor]] = {}
+        self.reading: Reading | None = None
 
     def _refuse_contradictions(self) -> None:
         h = self.hparams
@@ -327,7 +333,8 @@ class MoEX(SafelightModule):
         self._routing = {place: RoutingStatistics().to(self.device) for place in places}
         self._fired: dict[tuple[str, int], Tensor] = {}
         self._reader = BoardReader(per_square=self.hparams.bge_compat)
-        self.boards, self.games = {}, {}
+        self._neurons = NeuronReader()
+        self.boards, self.games, self.scatter, self.reading = {}, {}, {}, None
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Cross entropy, at some positions of each row all experts, and the neurons where boards are known."""
@@ -346,6 +353,10 @@ class MoEX(SafelightModule):
                 place, fired = (name, number), found.fired.float()
                 self._routing[place].update(found.scores, found.share, found.index, index)
                 self._fired[place] = torch.maximum(self._fired.get(place, fired), fired)
+                if batch_idx == 0:
+                    self.scatter[name] = found.scores.flatten().float().cpu(), found.share.flatten().cpu()
+            if not name and self.hparams.reported_neurons:
+                self._neurons.add(model, tokens[:, :-1], seen)
             if "board" in batch:
                 for number in self.hparams.board_layers or range(len(model.blocks)):
                     mlp: Any = model.blocks[number].mlp
@@ -355,6 +366,11 @@ class MoEX(SafelightModule):
         """Log the model beside its controls: over its layers the worst of each figure, of the boards the best."""
         if self._reader.labels:
             self.boards = self._reader.results(self._stacked, self.global_rank, self.device)
+        if self.hparams.reported_neurons:
+            headline = {layer: next(iter(sets.values())) for (name, layer), sets in self.boards.items() if not name}
+            self.reading = read_closely(
+                self.model, self._neurons, headline, self.hparams.reported_neurons, self.hparams.seed
+            )
         for name, model in self.models().items():
             ce = float(self._ce[name].compute())
             found = {"val_ce": ce, "perplexity": math.exp(ce)}
@@ -386,6 +402,10 @@ class MoEX(SafelightModule):
             "coverage": max(layer.coverage for layer in layers),
             "reconstruction": max(layer.reconstruction for layer in layers),
         }
+
+    def token_text(self, token: int) -> str:
+        """A token as a reader wants to see it."""
+        return self.hparams.vocabulary[token] if self.hparams.vocabulary else f"[{token}]"
 
     def _knows_chess(self) -> bool:
         return ";" in (self.hparams.vocabulary or "") and find_spec("chess") is not None

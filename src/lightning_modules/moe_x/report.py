@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS
+from safelight.lightning_modules.moe_x import pages
+from safelight.lightning_modules.moe_x.pages import LABELS
 from safelight.reporting import Claim, Tile
 from safelight.reporting.files import write_text
 
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from safelight.lightning_modules.moe_x.module import MoEX
     from safelight.reporting import Report
 
-LABELS = {"": OURS.label} | {name: entry.label for name, entry in CONTROLS.items()}
-CODE = ("configuration_moe_x.py", "modeling_moe_x.py", "layer.py", "router.py", "dispatch.py")
+CODE = ("configuration_moe_x.py", "modeling_moe_x.py", "layer.py", "pruned.py", "router.py", "dispatch.py")
 """Files of this folder that a saved model needs; they import nothing of safelight."""
 
 
@@ -76,8 +76,11 @@ def fill(module: MoEX, report: Report) -> None:
             "optimisation step",
             "cross entropy, nats a token",
         )
-    if "score_l0_r" in ours:
-        report.add_claims([claim(module)])
+    pages.boards(module, report)
+    pages.routing(module, report)
+    pages.neurons(module, report)
+    claims = [claim(module) if "score_l0_r" in ours else None, pages.claim_of_neurons(module)]
+    report.add_claims([made for made in claims if made is not None])
 
 
 def claim(module: MoEX) -> Claim:
@@ -117,6 +120,19 @@ def write_artefacts(module: MoEX, folder: Path) -> None:
     module.model.save_pretrained(folder)
     for name in CODE:
         shutil.copyfile(Path(__file__).parent / name, folder / name)
+    if module.reading is not None:
+        chosen = [
+            {
+                "name": pages.neuron_name(module, found),
+                **asdict(found),
+                "effect": asdict(effect),
+                "control": asdict(other),
+            }
+            for found, effect, other in zip(
+                module.reading.reports, module.reading.effects, module.reading.controls, strict=True
+            )
+        ]
+        write_text(folder / "neurons.json", json.dumps(chosen, indent=1) + "\n")
     if module.hparams.vocabulary:
         save_tokenizer(folder, module.hparams.vocabulary)
     if module.measured:

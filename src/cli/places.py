@@ -17,6 +17,7 @@ _PATH_NAMES: Final = ("path", "folder", "dir", "root", "file")
 _WRITTEN: Final = ("targets_folder",)
 _FILE_ENDINGS: Final = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".zip", ".safetensors", ".ckpt", ".npz", ".parquet")
 _ZOO: Final = "zoo:"
+_HUB: Final = "hf:"
 
 
 def check(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -42,6 +43,8 @@ def _check_named(where: str, name: str, value: str) -> Iterator[Problem]:
             zoo.path(value.removeprefix(_ZOO))
         except SafelightError as error:
             yield Problem(where, str(error))
+    elif value.startswith(_HUB):
+        return  # a data set of the hub is asked for when the data are set up
     elif name == "pretrained":
         yield from _pretrained_problems(where, value)
     elif (_names_a_path(name) or value.lower().endswith(_FILE_ENDINGS)) and not _exists(path):

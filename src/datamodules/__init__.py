@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from safelight.datamodules.copro_v2 import CoProV2DataModule as CoProV2DataModule
     from safelight.datamodules.emoji import EmojiDataModule as EmojiDataModule
     from safelight.datamodules.prompts import PromptDataModule as PromptDataModule
+    from safelight.datamodules.text import TextDataModule as TextDataModule
 
 _HOME = {
     "ChessDataModule": "chess",
@@ -22,6 +23,7 @@ _HOME = {
     "EmojiDataModule": "emoji",
     "PromptDataModule": "prompts",
     "ResumableLoader": "loading",
+    "TextDataModule": "text",
 }
 __all__ = sorted(_HOME)
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -76,5 +76,5 @@ class LegalMoveRate(PerSample):
 
     def compute(self) -> Tensor:
         """The share."""
-        legal, illegal = self.rows().sum(0)
-        return legal / (legal + illegal).clamp(min=1)
+        legal, illegal = self.rows().sum(0).unbind()
+        return torch.div(legal, (legal + illegal).clamp(min=1))

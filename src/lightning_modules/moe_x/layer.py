@@ -124,9 +124,10 @@ class MoEXMLP(nn.Module):
     # -- routing -----------------------------------------------------------------------------------------------------
 
     def statistics(self) -> ExpertStatistics:
-        """Of the encoder weights as they are now; without gradients they are kept until the weights change."""
-        if torch.is_grad_enabled() and not self.detach_stats and self.w_enc.requires_grad:
-            return expert_statistics(self.w_enc, self.b_enc, self.router_variance)
+        """Of the encoder weights as they are now; in evaluation they are kept until the weights change."""
+        if self.training or (torch.is_grad_enabled() and self.w_enc.requires_grad):
+            found = expert_statistics(self.w_enc, self.b_enc, self.router_variance)
+            return found.detach() if self.detach_stats else found
         tensors = [tensor for tensor in (self.w_enc, self.b_enc) if tensor is not None]
         # Every change in place counts the version up: an optimiser's step, a loaded checkpoint.
         key = tuple((id(t), t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
@@ -134,6 +135,11 @@ class MoEXMLP(nn.Module):
             with torch.no_grad():
                 self._known = key, expert_statistics(self.w_enc, self.b_enc, self.router_variance)
         return self._known[1]
+
+    def train(self, mode: bool = True) -> MoEXMLP:
+        """Drops what is kept, too: weights that are gathered from several devices do not count their versions up."""
+        self._known = None
+        return super().train(mode)
 
     def route(self, x: Tensor) -> Routing:
         """Scores, gates and experts of tokens (N, d)."""

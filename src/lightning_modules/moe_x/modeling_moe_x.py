@@ -124,6 +124,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: MoEXConfig) -> None:
         super().__init__()
+        self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.block_size, config.d_model)
         self.drop = nn.Dropout(config.dropout)
@@ -135,7 +136,9 @@ class MoEXForCausalLM(PreTrainedModel, GenerationMixin):
     """A GPT whose feed-forwards are MoE-X layers, or dense ones."""
 
     config_class = MoEXConfig
+    config: MoEXConfig
     base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
 
@@ -209,13 +212,28 @@ class MoEXForCausalLM(PreTrainedModel, GenerationMixin):
             mask = causal & attention_mask[:, None, None].bool()
             mask = mask | ~mask.any(-1, keepdim=True)  # a row of padding looks at anything rather than at nothing
         x = self.transformer.drop(self.transformer.wte(input_ids) + self.transformer.wpe(positions))
+        again = self.transformer.gradient_checkpointing and self.training and past_key_values is None
         for block in self.blocks:
-            x = block(x, past_key_values, mask)
+            if again:  # routing has no noise, so the recomputed tokens go where they went
+                x = self.transformer._gradient_checkpointing_func(block.__call__, x, None, mask)  # type: ignore[operator]
+            else:
+                x = block(x, past_key_values, mask)
         logits = self.lm_head(self.transformer.ln_f(x))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+
+def flops_per_token(config: MoEXConfig, length: int) -> int:
+    """Of a training step: 6 for each active weight of a product, and half of attention over ``length`` tokens (causal).
+
+    nanoGPT's count, with the k experts of a token instead of all M.
+    """
+    active = count_parameters(config)["active_non_embedding"]
+    # A head of its own counts among the weights, one that is tied does not.
+    head = config.d_model * config.vocab_size if config.tie_word_embeddings else 0
+    return 6 * (active + head) + 6 * config.n_layer * config.d_model * length
 
 
 def count_parameters(config: MoEXConfig) -> dict[str, int]:

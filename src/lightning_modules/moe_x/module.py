@@ -24,8 +24,11 @@ from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
 from safelight.lightning_modules.moe_x.neurons import NeuronReader
 from safelight.lightning_modules.moe_x.reading import Reading, read_closely
 from safelight.lightning_modules.moe_x.sampling import sample
+from safelight.lightning_modules.moe_x.speed import SpeedMeter
+from safelight.lightning_modules.moe_x.telling import Telling, tell
 from safelight.lightning_modules.moe_x.upcycling import Upcycling, load_dense, upcycle
 from safelight.lightning_modules.schedules import warmup_cosine
+from safelight.lightning_modules.sharding import is_sharded
 from safelight.metrics import LegalMoveRate, SampleMean
 from safelight.metrics.routing import LayerRouting, RoutingStatistics
 
@@ -81,10 +84,14 @@ class MoEX(SafelightModule):
         weight_decay: of tensors with two or more dimensions (nanoGPT: .1).
         betas: of AdamW (nanoGPT: .9, .95).
         clip: largest norm of each model's gradient (paper: 1).
+        activation_checkpointing: compute blocks once more in the backward pass instead of keeping what is inside.
         sampled_games: so many games of chess are sampled in a test and played through (needs the ``chess`` extra).
         board_layers: blocks whose neurons are asked for the board; null for all.
         bge_compat: choose the threshold of the reconstruction as the published evaluation does.
         reported_neurons: so many neurons of our model are shown with their contexts in the report and cut out.
+        detection_features: so many neurons of one layer of each model are told by the tokens at which they fire (paper:
+            1000, by a language model), see ``telling.py``; needs a data module with a ``text_tokenizer``.
+        detection_layer: that layer; null for two thirds of the way (paper: 8 of 12).
         probed_tokens: evenly spaced positions of each test row at which all experts are computed.
         seed: of the initial weights.
     """
@@ -93,6 +100,7 @@ class MoEX(SafelightModule):
         "val_ce", "perplexity", "score_l0_r", "active_fraction", "load_entropy", "dead_fraction", "coverage",
         "reconstruction", "legal_move_rate",
     )  # fmt: skip
+    sharded = ("model", "controls", "source")
     control_names: tuple[str, ...] = ("dense", "router_linear", "untrained")
 
     def __init__(
@@ -130,10 +138,13 @@ class MoEX(SafelightModule):
         weight_decay: Annotated[float, Ge(0)] = 0.1,
         betas: list[float] | None = None,
         clip: Annotated[float, Gt(0)] = 1.0,
+        activation_checkpointing: bool = False,
         sampled_games: Annotated[int, Ge(0)] = 0,
         board_layers: list[int] | None = None,
         bge_compat: bool = False,
         reported_neurons: Annotated[int, Ge(0)] = 0,
+        detection_features: Annotated[int, Ge(0)] = 0,
+        detection_layer: Annotated[int, Ge(0)] | None = None,
         probed_tokens: Annotated[int, Ge(1)] = 16,
         seed: int = 0,
     ) -> None:
@@ -147,8 +158,11 @@ class MoEX(SafelightModule):
         self._refuse_contradictions()
         self.model = self._new(OURS)
         self.controls = nn.ModuleDict({name: self._new(CONTROLS[name]) for name in self.control_names})
-        self.source = self._new(CONTROLS["source"]) if dense_steps and "source" not in self.control_names else None
+        hidden = dense_steps and "source" not in self.control_names
+        self.source = nn.ModuleDict({"source": self._new(CONTROLS["source"])} if hidden else {})
         self._upcycled = False
+        for model in self._trained().values() if activation_checkpointing else ():
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         self.history: dict[str, list[tuple[int, Tensor]]] = {}
         self.measured: dict[str, dict[str, float]] = {}
         self.layers: dict[str, dict[int, LayerRouting]] = {}
@@ -156,6 +170,9 @@ class MoEX(SafelightModule):
         self.games: dict[str, list[str]] = {}
         self.scatter: dict[str, tuple[Tensor, Tensor]] = {}
         self.reading: Reading | None = None
+        self.telling: dict[str, Telling] = {}
+        self._tokenizer: Any = None
+        self._texts: list[str] | None = None
 
     def _refuse_contradictions(self) -> None:
         h = self.hparams
@@ -195,7 +212,8 @@ class MoEX(SafelightModule):
 
     def _trained(self) -> dict[str, MoEXForCausalLM]:
         """All models that learn: those of :meth:`models`, and the dense one they begin from."""
-        return self.models() | ({"source": self.source} if self.source is not None else {})
+        hidden: dict[str, Any] = dict(self.source)
+        return self.models() | hidden
 
     def _steps_of(self, name: str) -> tuple[int, int]:
         """Steps in which a model is trained, the last not among them."""
@@ -211,7 +229,7 @@ class MoEX(SafelightModule):
         for name, model in self._trained().items():
             begin, end = self._steps_of(name)
             if not begin <= self.trainer.global_step < end:
-                if self.trainer.world_size > 1:  # DDP waits for the gradient of every weight
+                if self.trainer.world_size > 1 and not is_sharded(model):  # DDP waits for every weight's gradient
                     losses.append(0.0 * torch.stack([p.sum() for p in model.parameters()]).sum())
                 continue
             ce = _cross_entropy(model, tokens).mean()
@@ -226,6 +244,7 @@ class MoEX(SafelightModule):
                 self.log(f"{prefix}balance", balance.detach() / len(routings), batch_size=len(tokens))
             self.history.setdefault(name, []).append((self.trainer.global_step, ce.detach()))
             losses.append(loss)
+            self._speed.add(tokens, [model.config])
         total = torch.stack(losses).sum()
         self.log("train/loss", total.detach(), batch_size=len(tokens))
         return total
@@ -294,6 +313,14 @@ class MoEX(SafelightModule):
     def on_fit_start(self) -> None:
         """Forget an earlier training's curve."""
         self.history, self._upcycled = {}, False
+        half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(self.trainer.precision).split("-")[0])
+        self._speed = SpeedMeter(self.device, half or torch.float32)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Speed since the last logged step."""
+        every = int(getattr(self.trainer, "log_every_n_steps", 0) or 0)
+        if every and (self.trainer.global_step + 1) % every == 0:
+            self.log_dict({f"perf/{name}": value for name, value in self._speed.read().items()})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Where a dense model is there to begin from, begin."""
@@ -301,8 +328,7 @@ class MoEX(SafelightModule):
         if self._upcycled or not (h.dense_steps or h.upcycle_from) or self.trainer.global_step != h.dense_steps:
             return
         self._upcycled = True
-        source = self.source if self.source is not None else self.controls["source"] if h.dense_steps else None
-        self._begin_from(load_dense(h.upcycle_from) if source is None else source)
+        self._begin_from(load_dense(h.upcycle_from) if h.upcycle_from else self._trained()["source"])
 
     def _begin_from(self, dense: nn.Module) -> None:
         """Write the weights of all models that begin as ``dense``; their optimiser starts afresh."""
@@ -334,6 +360,8 @@ class MoEX(SafelightModule):
         self._fired: dict[tuple[str, int], Tensor] = {}
         self._reader = BoardReader(per_square=self.hparams.bge_compat)
         self._neurons = NeuronReader()
+        self._rows: list[Tensor] = []
+        self.telling = {}
         self.boards, self.games, self.scatter, self.reading = {}, {}, {}, None
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -355,6 +383,8 @@ class MoEX(SafelightModule):
                 self._fired[place] = torch.maximum(self._fired.get(place, fired), fired)
                 if batch_idx == 0:
                     self.scatter[name] = found.scores.flatten().float().cpu(), found.share.flatten().cpu()
+            if not name and self.hparams.detection_features:
+                self._rows.append(tokens[:, :-1])
             if not name and self.hparams.reported_neurons:
                 self._neurons.add(model, tokens[:, :-1], seen)
             if "board" in batch:
@@ -382,7 +412,7 @@ class MoEX(SafelightModule):
                 found["load_entropy"] = min(layer.load_entropy for layer in layers)
                 dead = [self._ever_fired(name, number) for number in self.layers[name]]
                 found["dead_fraction"] = 1 - sum(dead) / len(dead)
-            found |= self._of_boards(name)
+            found |= self._of_boards(name) | self._tell(name, model)
             if self.hparams.sampled_games and self._knows_chess():
                 found["legal_move_rate"] = self._play(name, model)
             self.measured[name] = found
@@ -403,9 +433,51 @@ class MoEX(SafelightModule):
             "reconstruction": max(layer.reconstruction for layer in layers),
         }
 
+    def _tell(self, name: str, model: MoEXForCausalLM) -> dict[str, float]:
+        """Detection score of a model's neurons and its control, on this process's rows."""
+        h = self.hparams
+        if not h.detection_features:
+            return {}
+        layer = h.n_layer * 2 // 3 if h.detection_layer is None else h.detection_layer
+        texts = [self.token_text(token) for token in range(h.vocab_size)]
+        found = tell(model, layer, self._rows, texts, count=h.detection_features, seed=h.seed)
+        if found is None:
+            return {}
+        self.telling[name] = found
+        return {"detection": found.score, "detection_swapped": found.swapped}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check the vocabulary against the data, and learn what its tokens read.
+
+        Raises:
+            SafelightError: the data have more tokens than the model.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(data, "text_tokenizer", None)
+        if tokenizer is None:
+            return
+        if tokenizer.vocab_size > self.hparams.vocab_size:
+            raise SafelightError(
+                f"vocab_size={self.hparams.vocab_size}: the data's tokenizer has {tokenizer.vocab_size} tokens; "
+                f"set method.vocab_size={tokenizer.vocab_size}"
+            )
+        self._tokenizer = getattr(tokenizer, "inner", None)
+        self._texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+
+    def save_tokenizer(self, folder: Path) -> bool:
+        """Write what ``AutoTokenizer`` opens; False where tokens have no such form (bytes) or are not known."""
+        if self.hparams.vocabulary:
+            from safelight.lightning_modules.moe_x.report import save_characters
+
+            save_characters(folder, self.hparams.vocabulary)
+        elif self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+        return bool(self.hparams.vocabulary) or self._tokenizer is not None
+
     def token_text(self, token: int) -> str:
         """A token as a reader wants to see it."""
-        return self.hparams.vocabulary[token] if self.hparams.vocabulary else f"[{token}]"
+        texts = self.hparams.vocabulary or self._texts or ()
+        return texts[token] if token < len(texts) else f"[{token}]"
 
     def _knows_chess(self) -> bool:
         return ";" in (self.hparams.vocabulary or "") and find_spec("chess") is not None

@@ -42,7 +42,7 @@ def boards(module: MoEX, report: Report) -> None:
         f"Perfect neurons would reach {some.ceiling:.3f}, because some classes never occur; one that always fires "
         f"{some.floor:.3f}. Reconstruction: F1 of the board that is read from neurons right 95 % of the time, on games "
         "other than those they were chosen on. Numbers of different test sets cannot be compared.",
-        ours=[line[0] for line in lines if str(line[0]).startswith(OURS.label)],
+        ours=[str(line[0]) for line in lines if str(line[0]).startswith(OURS.label)],
         better={"coverage": "higher", "reconstruction": "higher"},
     )  # fmt: skip
     ours = {layer: sets for (name, layer), sets in module.boards.items() if not name}
@@ -168,6 +168,26 @@ def neurons(module: MoEX, report: Report) -> None:
             ],
             note="Rise of the cross entropy, nats a token, when all its decoder rows are zero.",
         )
+
+
+def telling(module: MoEX, report: Report) -> None:
+    """Detection scores by decile of the activation."""
+    if not module.telling:
+        return
+    report.add_curve(
+        "Neurons told by the tokens at which they fire",
+        {
+            LABELS[name]: [(float(decile), share) for decile, share in enumerate(found.by_decile, 1)]
+            for name, found in module.telling.items()
+        },
+        "decile of the activation", "share of windows recognised",
+        note="Of "
+        + ", ".join(f"{found.count} neurons of {LABELS[name]}" for name, found in module.telling.items())
+        + ". An explanation is the 20 tokens with the highest mean activation; a window with one of them counts as one "
+        "where the neuron fires. Only models measured alike can be compared. Recognised without the neuron: "
+        + ", ".join(f"{found.silent:.2f} ({LABELS[name]})" for name, found in module.telling.items())
+        + ".",
+    )  # fmt: skip
 
 
 def claim_of_neurons(module: MoEX) -> Claim | None:

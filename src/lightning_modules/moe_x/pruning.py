@@ -70,7 +70,9 @@ def prune_dead(model: MoEXForCausalLM, batches: Iterable[Tensor], threshold: flo
             _copy(old.mlp, new.mlp, alive[number])
         else:
             new.mlp.load_state_dict(old.mlp.state_dict())
-    return found.to(model.device).eval()
+    found.to(device=model.device)  # type: ignore[call-arg]
+    found.train(False)
+    return found
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ def table(module: MoEX) -> list[dict[str, Any]] | None:
         "val_ce": "cross entropy", "perplexity": "perplexity", "score_l0_r": "r(score, L0)",
         "active_fraction": "neurons firing", "load_entropy": "load entropy", "dead_fraction": "dead neurons",
         "coverage": "coverage", "reconstruction": "reconstruction", "legal_move_rate": "legal moves",
+        "detection": "detection score", "detection_swapped": "of another's explanation",
     }  # fmt: skip
     names = {key: label for key, label in names.items() if any(key in found for found in module.measured.values())}
     return [
@@ -79,6 +80,7 @@ def fill(module: MoEX, report: Report) -> None:
     pages.boards(module, report)
     pages.routing(module, report)
     pages.neurons(module, report)
+    pages.telling(module, report)
     claims = [claim(module) if "score_l0_r" in ours else None, pages.claim_of_neurons(module)]
     report.add_claims([made for made in claims if made is not None])
 
@@ -100,7 +102,7 @@ def claim(module: MoEX) -> Claim:
     )
 
 
-def save_tokenizer(folder: Path, vocabulary: str) -> None:
+def save_characters(folder: Path, vocabulary: str) -> None:
     """Write a tokenizer of single characters that ``AutoTokenizer`` opens; token i is character i."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -133,8 +135,7 @@ def write_artefacts(module: MoEX, folder: Path) -> None:
             )
         ]
         write_text(folder / "neurons.json", json.dumps(chosen, indent=1) + "\n")
-    if module.hparams.vocabulary:
-        save_tokenizer(folder, module.hparams.vocabulary)
+    tokenized = module.save_tokenizer(folder)
     if module.measured:
         found = {
             name or "moe_x": {
@@ -144,6 +145,7 @@ def write_artefacts(module: MoEX, folder: Path) -> None:
             for name, metrics in module.measured.items()
         }
         write_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
+    prompt = ";1.e4 " if module.hparams.vocabulary else "It is a truth"
     module.write_card(
         folder,
         title="MoE-X",
@@ -155,7 +157,11 @@ def write_artefacts(module: MoEX, folder: Path) -> None:
         text="Its code lies beside it (`trust_remote_code=True`) and needs torch and transformers only.",
         usage="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n'
-        'tokens = tokenizer(";1.e4 ", return_tensors="pt").input_ids\n'
-        "print(tokenizer.decode(model.generate(tokens, max_new_tokens=60, do_sample=True)[0]))\n",
+        + (
+            'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+            f'tokens = tokenizer("{prompt}", return_tensors="pt").input_ids\n'
+            "print(tokenizer.decode(model.generate(tokens, max_new_tokens=60, do_sample=True)[0]))\n"
+            if tokenized
+            else "# Tokens are bytes, and 256 for the end of a document.\n"
+        ),
     )

@@ -200,6 +200,14 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
         }  # fmt: skip
         figures = {"val_ce": 0.211, "coverage": 0.428, "reconstruction": 0.840}
         return "moe_x", "", settings, {metric: (value, True) for metric, value in figures.items()}
+    elif name == "moe_x_text":
+        settings = {
+            "method.vocab_size": 1024, "method.vocabulary": None, "method.block_size": 128, "method.n_layer": 3,
+            "method.d_model": 128, "method.expert_hidden": 256, "method.dense_steps": 300, "method.lr": 2e-3,
+            "method.sampled_games": 0, "method.detection_features": 100, "data.tokenizer": "bpe:1024",
+            "method.controls": ["dense", "router_linear", "source", "untrained"], "trainer.max_steps": 600,
+        }  # fmt: skip
+        return "moe_x", "", settings, {}
     elif name in MOE_X_TABLES:
         return "moe_x", "", {"method.controls": MOE_X_TABLES[name]}, {}
     elif name == "latent_guard_minilm":
@@ -234,7 +242,7 @@ def test_an_experiment_is_what_was_published(name: str) -> None:
     content = read(f"experiment/{name}")
     paper = content.pop("paper", {})
     picks = {"method": method} | ({"backbone": backbone} if backbone else {})
-    picks = {} if name in MOE_X_TABLES else picks
+    picks = {} if name in MOE_X_TABLES else picks | ({"data": "text"} if name == "moe_x_text" else {})
     picks |= {"data": "prompts"} if method in ("ecodiff", "heal") else {}
     assert chosen(f"experiment/{name}") == picks
     assert flat(content) == settings
@@ -259,7 +267,7 @@ def test_every_published_row_has_its_file() -> None:
     rows = {*MAIN, *(f"ecodiff_healing_sdxl_{percent}" for percent in UNHEALED), "ecodiff_healing_sdxl_50_lora"}
     assert set(options("experiment")) == rows | {
         "ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl", "safety_dpo_merge", "latent_guard_minilm",
-        "moe_x_chess", "moe_x_table1", *MOE_X_TABLES,
+        "moe_x_chess", "moe_x_table1", "moe_x_text", *MOE_X_TABLES,
     }  # fmt: skip
 
 

@@ -102,7 +102,8 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {"method.vocabulary": " #+-.0123456789;=BKNOQRabcdefghx", "method.block_size": 96,
          "method.n_layer": 2, "method.n_head": 4, "method.d_model": 64,
          "method.expert_hidden": 128, "method.lr": 3e-3, "method.warmup_steps": 30,
-         "method.sampled_games": 32, "method.controls": ["dense", "router_linear", "untrained"],
+         "method.sampled_games": 32, "method.reported_neurons": 12,
+         "method.controls": ["dense", "router_linear", "untrained"],
          "data.block_size": "${method.block_size}",
          "trainer.max_steps": 250, "trainer.limit_val_batches": 0},
     ),
@@ -145,6 +146,7 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "copro_v2": ("CoProV2DataModule", {"csv": "zoo:copro_mini", "images": "zoo:copro_mini", "batch_size": 8}),
     "emoji": ("EmojiDataModule", {"batch_size": 64}),
     "prompts": ("PromptDataModule", {"source": "emoji"}),
+    "text": ("TextDataModule", {"path": "zoo:text"}),
 }
 # Trainer options, as --help describes them.
 TRAINERS: dict[str, dict[str, Any]] = {

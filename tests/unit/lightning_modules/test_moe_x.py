@@ -214,3 +214,25 @@ def test_the_spec_in_small() -> None:
     assert ours["score_l0_r"] <= -0.9
     assert ours["active_fraction"] <= min(0.36, linear["active_fraction"] - 0.07)
     assert ours["load_entropy"] >= 0.9
+
+
+def test_speed_is_counted_on_active_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    from safelight.lightning_modules.moe_x import speed
+
+    clock = iter([10.0, 12.0, 13.0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    meter = speed.SpeedMeter(torch.device("cpu"), torch.float32)
+    assert meter.peak is None
+    meter.peak = 1_000_000
+    config = tiny().model.config
+    meter.add(torch.zeros(4, 13), [config, config])
+    found = meter.read()
+    assert found["tokens_per_second"] == pytest.approx(48 / 2)
+    assert found["mfu"] == pytest.approx(2 * 48 * speed.flops_per_token(config, 12) / 2 / 1e6)
+    assert meter.read() == {"tokens_per_second": 0.0, "mfu": 0.0}
+
+
+def test_speed_is_logged() -> None:
+    logged = fit(tiny(), 2)
+    assert logged["perf/tokens_per_second"] > 0
+    assert "perf/mfu" not in logged, "a CPU's peak is not known"

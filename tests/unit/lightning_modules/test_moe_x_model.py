@@ -11,7 +11,12 @@ from torch.nn import functional as F
 
 from safelight.lightning_modules.moe_x.configuration_moe_x import MoEXConfig
 from safelight.lightning_modules.moe_x.layer import MoEXMLP
-from safelight.lightning_modules.moe_x.modeling_moe_x import DenseMLP, MoEXForCausalLM, count_parameters
+from safelight.lightning_modules.moe_x.modeling_moe_x import (
+    DenseMLP,
+    MoEXForCausalLM,
+    count_parameters,
+    flops_per_token,
+)
 
 SMALL = {"block_size": 24, "n_layer": 2, "n_head": 4, "d_model": 32, "expert_hidden": 48, "n_experts": 4}
 GPT2 = {"vocab_size": 50257, "block_size": 1024}
@@ -150,3 +155,29 @@ def test_what_cannot_be_built() -> None:
         model(mlp="dense", act="tanh")
     with pytest.raises(ValueError, match="25 tokens are more than the model's context of 24"):
         model()(text(1, 25))
+
+
+def test_flops_of_the_papers_chess_model() -> None:
+    """28.3 TFLOP for a step of 100 x 1023 tokens, 2.6 of them causal attention (one half of the full product)."""
+    config = MoEXConfig(vocab_size=32, block_size=1023, n_layer=8, n_head=8, d_model=512, expert_hidden=2048)
+    step = 100 * 1023 * flops_per_token(config, 1023)
+    assert step == pytest.approx(28.3e12, rel=0.01)
+    attention = step - 100 * 1023 * flops_per_token(config, 0)
+    assert attention == pytest.approx(2.6e12, rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [{}, {"router": "linear"}, {"bias": True}])
+def test_checkpointed_activations_give_the_same_gradients(settings: dict[str, Any]) -> None:
+    plain, again = model(**settings).train(), model(**settings).train()
+    again.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = torch.randint(0, 20, (3, 10), generator=torch.Generator().manual_seed(0))
+    for found in (plain, again):
+        loss = found(tokens, labels=tokens).loss
+        for layer in found.expert_layers().values():
+            assert layer.routing is not None
+            loss = loss + layer.routing.balance_loss()
+        loss.backward()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in again.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradients[name]), name

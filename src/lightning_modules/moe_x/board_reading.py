@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from safelight.lightning_modules.moe_x.layer import MoEXMLP
-from safelight.lightning_modules.moe_x.modeling_moe_x import DenseMLP
 from safelight.metrics.board_state import BoardCoverage, BoardReconstruction
 
 Place = tuple[str, int]
 """A model's name and a layer's number."""
 _POSITIONS = 4096
 """Counted at a time."""
+
+
+class HasNeurons(Protocol):
+    """A layer with experts, a dense one, or an autoencoder."""
+
+    def neurons(self, x: Tensor) -> Tensor:
+        """Activations (..., F) at inputs (..., d)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class BoardReader:
         self.rows.append(index[:, None].expand_as(at)[known].cpu())
 
     @torch.no_grad()
-    def add(self, place: Place, layer: MoEXMLP | DenseMLP, x: Tensor, at: Tensor, index: Tensor) -> None:
+    def add(self, place: Place, layer: HasNeurons, x: Tensor, at: Tensor, index: Tensor) -> None:
         """Remember a layer's activations on the same batch.
 
         Args:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,21 +14,15 @@ from torch.nn import functional as F
 
 from safelight.errors import SafelightError
 from safelight.lightning_modules.base import SafelightModule
-from safelight.lightning_modules.moe_x.board_reading import BoardReader, BoardResult
 from safelight.lightning_modules.moe_x.configuration_moe_x import MoEXConfig
+from safelight.lightning_modules.moe_x.examination import Examination, Findings
 from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS, Control, Entry, window
-from safelight.lightning_modules.moe_x.measuring import firing, inputs_of
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
-from safelight.lightning_modules.moe_x.neurons import NeuronReader
-from safelight.lightning_modules.moe_x.reading import Reading, read_closely
-from safelight.lightning_modules.moe_x.sampling import sample
+from safelight.lightning_modules.moe_x.sae_baseline import SparseBaseline
 from safelight.lightning_modules.moe_x.speed import SpeedMeter
-from safelight.lightning_modules.moe_x.telling import Telling, tell
 from safelight.lightning_modules.moe_x.upcycling import Upcycling, load_dense, upcycle
 from safelight.lightning_modules.schedules import warmup_cosine
 from safelight.lightning_modules.sharding import is_sharded
-from safelight.metrics import LegalMoveRate, SampleMean
-from safelight.metrics.routing import LayerRouting, RoutingStatistics
 
 
 def _cross_entropy(model: MoEXForCausalLM, tokens: Tensor) -> Tensor:
@@ -92,6 +84,12 @@ class MoEX(SafelightModule):
         detection_features: so many neurons of one layer of each model are told by the tokens at which they fire (paper:
             1000, by a language model), see ``telling.py``; needs a data module with a ``text_tokenizer``.
         detection_layer: that layer; null for two thirds of the way (paper: 8 of 12).
+        sae_steps: so many steps at the end train a sparse autoencoder (sae-lens, TopK) on the residual stream of the
+            control ``dense``, whose features are then measured like neurons; nothing else is trained in them.
+        sae_hidden: its features (paper's baseline: 4096); null for as many as a layer's experts have neurons.
+        sae_k: of them active for each token.
+        sae_layer: block on whose output it is trained; null for the last but one.
+        sae_lr: its learning rate.
         probed_tokens: evenly spaced positions of each test row at which all experts are computed.
         seed: of the initial weights.
     """
@@ -145,6 +143,11 @@ class MoEX(SafelightModule):
         reported_neurons: Annotated[int, Ge(0)] = 0,
         detection_features: Annotated[int, Ge(0)] = 0,
         detection_layer: Annotated[int, Ge(0)] | None = None,
+        sae_steps: Annotated[int, Ge(0)] = 0,
+        sae_hidden: Annotated[int, Ge(1)] | None = None,
+        sae_k: Annotated[int, Ge(1)] = 32,
+        sae_layer: Annotated[int, Ge(0)] | None = None,
+        sae_lr: Annotated[float, Gt(0)] = 1e-3,
         probed_tokens: Annotated[int, Ge(1)] = 16,
         seed: int = 0,
     ) -> None:
@@ -160,17 +163,12 @@ class MoEX(SafelightModule):
         self.controls = nn.ModuleDict({name: self._new(CONTROLS[name]) for name in self.control_names})
         hidden = dense_steps and "source" not in self.control_names
         self.source = nn.ModuleDict({"source": self._new(CONTROLS["source"])} if hidden else {})
+        self.baselines = nn.ModuleDict(self._new_sae() if sae_steps else {})
         self._upcycled = False
         for model in self._trained().values() if activation_checkpointing else ():
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         self.history: dict[str, list[tuple[int, Tensor]]] = {}
-        self.measured: dict[str, dict[str, float]] = {}
-        self.layers: dict[str, dict[int, LayerRouting]] = {}
-        self.boards: dict[tuple[str, int], dict[str, BoardResult]] = {}
-        self.games: dict[str, list[str]] = {}
-        self.scatter: dict[str, tuple[Tensor, Tensor]] = {}
-        self.reading: Reading | None = None
-        self.telling: dict[str, Telling] = {}
+        self.found = Findings()
         self._tokenizer: Any = None
         self._texts: list[str] | None = None
 
@@ -185,6 +183,8 @@ class MoEX(SafelightModule):
             raise SafelightError(
                 f"controls={idle}: only where experts begin as a dense model (dense_steps, upcycle_from)"
             )
+        if h.sae_steps and "dense" not in self.control_names:
+            raise SafelightError("sae_steps: the autoencoder reads the control dense; add it to controls")
         if h.mlp == "dense" and (h.dense_steps or h.upcycle_from):
             raise SafelightError("mlp=dense: a dense model has no experts that could begin as another one")
 
@@ -215,9 +215,20 @@ class MoEX(SafelightModule):
         hidden: dict[str, Any] = dict(self.source)
         return self.models() | hidden
 
+    def _new_sae(self) -> dict[str, SparseBaseline]:
+        """The baseline on the dense control."""
+        h = self.hparams
+        hidden = h.sae_hidden or h.n_experts * (h.expert_hidden or 4 * h.d_model)
+        layer = max(h.n_layer - 2, 0) if h.sae_layer is None else h.sae_layer
+        return {"dense_sae": SparseBaseline(h.d_model, hidden=hidden, k=h.sae_k, layer=layer, seed=h.seed)}
+
+    def _sae(self) -> SparseBaseline | None:
+        found: SparseBaseline | None = self.baselines["dense_sae"] if len(self.baselines) else None  # type: ignore[assignment]
+        return found
+
     def _steps_of(self, name: str) -> tuple[int, int]:
         """Steps in which a model is trained, the last not among them."""
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        total = max(int(self.trainer.estimated_stepping_batches) - self.hparams.sae_steps, 1)
         return window(CONTROLS[name] if name else OURS, self.hparams.dense_steps, total)
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -245,9 +256,22 @@ class MoEX(SafelightModule):
             self.history.setdefault(name, []).append((self.trainer.global_step, ce.detach()))
             losses.append(loss)
             self._speed.add(tokens, [model.config])
+        if sae := self._sae():
+            losses.append(self._sae_loss(sae, tokens))
         total = torch.stack(losses).sum()
         self.log("train/loss", total.detach(), batch_size=len(tokens))
         return total
+
+    def _sae_loss(self, sae: SparseBaseline, tokens: Tensor) -> Tensor:
+        """Of the last steps; before them nothing."""
+        if self.trainer.global_step < self._steps_of("dense")[1]:
+            return 0.0 * torch.stack([p.sum() for p in sae.parameters()]).sum()
+        dense: Any = self.controls["dense"]
+        with torch.no_grad(), sae.tapped(dense) as seen:
+            dense(tokens[:, :-1])
+        loss = sae.loss(seen[0].flatten(0, 1).float())
+        self.log("train/dense_sae/loss", loss.detach(), batch_size=len(tokens))
+        return loss
 
     def _over_all(self, mean: Tensor) -> Tensor:
         """A mean over this process's tokens to the mean over those of all processes, with gradients.
@@ -293,6 +317,10 @@ class MoEX(SafelightModule):
                 {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
             ]
             factors += 2 * [self._rate_factor(*self._steps_of(name))]
+        if sae := self._sae():
+            groups.append({"params": list(sae.parameters()), "weight_decay": 0.0, "lr": hparams.sae_lr})
+            end = self._steps_of("dense")[1]
+            factors.append(self._rate_factor(end, end + hparams.sae_steps))
         optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=tuple(hparams.betas or (0.9, 0.95)))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -354,97 +382,24 @@ class MoEX(SafelightModule):
 
     def on_test_start(self) -> None:
         """Fresh counts."""
-        self._ce = {name: SampleMean().to(self.device) for name in self.models()}
-        places = [(name, layer) for name, model in self.models().items() for layer in model.expert_layers()]
-        self._routing = {place: RoutingStatistics().to(self.device) for place in places}
-        self._fired: dict[tuple[str, int], Tensor] = {}
-        self._reader = BoardReader(per_square=self.hparams.bge_compat)
-        self._neurons = NeuronReader()
-        self._rows: list[Tensor] = []
-        self.telling = {}
-        self.boards, self.games, self.scatter, self.reading = {}, {}, {}, None
+        self.examination = Examination(self.models(), self.hparams, self.device, self._sae())
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Cross entropy, at some positions of each row all experts, and the neurons where boards are known."""
-        tokens, index = self._tokens(batch), torch.as_tensor(batch["index"])
-        length = tokens.shape[1] - 1
-        count = min(self.hparams.probed_tokens, length)
-        places = [place * length // count for place in range(count)]
-        if "board" in batch:
-            self._reader.note(batch["board_at"], batch["board"], index)
-        for name, model in self.models().items():
-            with inputs_of(model) as seen:
-                ce = _cross_entropy(model, tokens).view(len(tokens), -1).mean(1)
-            self._ce[name].update(ce, index)
-            for number, layer in model.expert_layers().items():
-                found = firing(layer, seen[number][:, places])
-                place, fired = (name, number), found.fired.float()
-                self._routing[place].update(found.scores, found.share, found.index, index)
-                self._fired[place] = torch.maximum(self._fired.get(place, fired), fired)
-                if batch_idx == 0:
-                    self.scatter[name] = found.scores.flatten().float().cpu(), found.share.flatten().cpu()
-            if not name and self.hparams.detection_features:
-                self._rows.append(tokens[:, :-1])
-            if not name and self.hparams.reported_neurons:
-                self._neurons.add(model, tokens[:, :-1], seen)
-            if "board" in batch:
-                for number in self.hparams.board_layers or range(len(model.blocks)):
-                    mlp: Any = model.blocks[number].mlp
-                    self._reader.add((name, number), mlp, seen[number], batch["board_at"], index)
+        """See :class:`Examination`."""
+        self.examination.step(self._tokens(batch), batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log the model beside its controls: over its layers the worst of each figure, of the boards the best."""
-        if self._reader.labels:
-            self.boards = self._reader.results(self._stacked, self.global_rank, self.device)
-        if self.hparams.reported_neurons:
-            headline = {layer: next(iter(sets.values())) for (name, layer), sets in self.boards.items() if not name}
-            self.reading = read_closely(
-                self.model, self._neurons, headline, self.hparams.reported_neurons, self.hparams.seed
-            )
-        for name, model in self.models().items():
-            ce = float(self._ce[name].compute())
-            found = {"val_ce": ce, "perplexity": math.exp(ce)}
-            self.layers[name] = {number: self._routing[name, number].layer() for number in model.expert_layers()}
-            layers = self.layers[name].values()
-            if layers:
-                found["score_l0_r"] = max(layer.score_l0_r for layer in layers)
-                found["active_fraction"] = max(layer.active_fraction for layer in layers)
-                found["load_entropy"] = min(layer.load_entropy for layer in layers)
-                dead = [self._ever_fired(name, number) for number in self.layers[name]]
-                found["dead_fraction"] = 1 - sum(dead) / len(dead)
-            found |= self._of_boards(name) | self._tell(name, model)
-            if self.hparams.sampled_games and self._knows_chess():
-                found["legal_move_rate"] = self._play(name, model)
-            self.measured[name] = found
-            self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in found.items()})
+        """Log the model beside its controls."""
+        self.found = self.examination.finish(self._stacked, self.global_rank, self.token_text)
+        for name, figures in self.found.measured.items():
+            self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in figures.items()})
 
     def _stacked(self, value: Tensor) -> Tensor:
         """All processes' tensors of one shape, with a first dimension for them."""
         everywhere: Any = self.all_gather(value.to(self.device))
         return torch.as_tensor(everywhere).reshape(-1, *value.shape)
 
-    def _of_boards(self, name: str) -> dict[str, float]:
-        """Coverage and reconstruction of the headline property set, each of the layer that is best at it."""
-        layers = [next(iter(sets.values())) for (model, _), sets in self.boards.items() if model == name]
-        if not layers:
-            return {}
-        return {
-            "coverage": max(layer.coverage for layer in layers),
-            "reconstruction": max(layer.reconstruction for layer in layers),
-        }
-
-    def _tell(self, name: str, model: MoEXForCausalLM) -> dict[str, float]:
-        """Detection score of a model's neurons and its control, on this process's rows."""
-        h = self.hparams
-        if not h.detection_features:
-            return {}
-        layer = h.n_layer * 2 // 3 if h.detection_layer is None else h.detection_layer
-        texts = [self.token_text(token) for token in range(h.vocab_size)]
-        found = tell(model, layer, self._rows, texts, count=h.detection_features, seed=h.seed)
-        if found is None:
-            return {}
-        self.telling[name] = found
-        return {"detection": found.score, "detection_swapped": found.swapped}
+    # -- tokens ------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
         """Check the vocabulary against the data, and learn what its tokens read.
@@ -478,23 +433,6 @@ class MoEX(SafelightModule):
         """A token as a reader wants to see it."""
         texts = self.hparams.vocabulary or self._texts or ()
         return texts[token] if token < len(texts) else f"[{token}]"
-
-    def _knows_chess(self) -> bool:
-        return ";" in (self.hparams.vocabulary or "") and find_spec("chess") is not None
-
-    def _play(self, name: str, model: MoEXForCausalLM) -> float:
-        """Sample games from the first character on; the share of their half-moves that are legal."""
-        vocabulary = self.hparams.vocabulary
-        start = torch.tensor([[vocabulary.index(c) for c in ";1."]] * self.hparams.sampled_games, device=self.device)
-        tokens = sample(model, start, self.hparams.block_size + 1, seed=self.hparams.seed)
-        self.games[name] = ["".join(vocabulary[token] for token in row) for row in tokens.tolist()]
-        rate = LegalMoveRate(sync_on_compute=False)  # every process samples the same games
-        rate.update(self.games[name], [0] * len(self.games[name]))
-        return float(rate.compute())
-
-    def _ever_fired(self, name: str, number: int) -> float:
-        """Share of a layer's neurons that fired on any process."""
-        return float(self._stacked(self._fired[name, number]).amax(0).mean())
 
     # -- what is left behind -----------------------------------------------------------------------------------------
 

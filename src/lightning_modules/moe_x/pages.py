@@ -9,6 +9,7 @@ from torch import Tensor
 
 from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS
 from safelight.lightning_modules.moe_x.reading import mean_firing, principal
+from safelight.lightning_modules.moe_x.sae_baseline import LABEL as SAE
 from safelight.metrics.board_state import PIECES, piece_on_square
 from safelight.reporting import Claim
 from safelight.reporting.highlights import Highlighted, Passage
@@ -18,21 +19,25 @@ if TYPE_CHECKING:
     from safelight.lightning_modules.moe_x.neurons import NeuronReport
     from safelight.reporting import Report
 
-LABELS = {"": OURS.label} | {name: entry.label for name, entry in CONTROLS.items()}
+LABELS = (
+    {"": OURS.label}
+    | {name: entry.label for name, entry in CONTROLS.items()}
+    | {SAE: "dense with a sparse autoencoder"}
+)
 _DOTS = 400
 """Drawn at most of each kind."""
 
 
 def boards(module: MoEX, report: Report) -> None:
     """Tables of coverage and reconstruction, and where on the board the best neurons are how good."""
-    if not module.boards:
+    if not module.found.boards:
         return
-    headline = next(iter(next(iter(module.boards.values()))))
-    some = next(iter(module.boards.values()))[headline]
+    headline = next(iter(next(iter(module.found.boards.values()))))
+    some = next(iter(module.found.boards.values()))[headline]
     lines = [
         [f"{LABELS[name]}, layer {layer}", sets[headline].coverage, sets[headline].coverage / max(some.ceiling, 1e-9),
          sets[headline].reconstruction]
-        for (name, layer), sets in module.boards.items()
+        for (name, layer), sets in module.found.boards.items()
     ]  # fmt: skip
     report.add_table(
         "What single neurons know of the board",
@@ -45,7 +50,7 @@ def boards(module: MoEX, report: Report) -> None:
         ours=[str(line[0]) for line in lines if str(line[0]).startswith(OURS.label)],
         better={"coverage": "higher", "reconstruction": "higher"},
     )  # fmt: skip
-    ours = {layer: sets for (name, layer), sets in module.boards.items() if not name}
+    ours = {layer: sets for (name, layer), sets in module.found.boards.items() if not name}
     if len(next(iter(ours.values()))) > 1:
         best = {
             name: max(ours.values(), key=lambda sets, name=name: sets[name].coverage)[name]  # type: ignore[misc]
@@ -87,7 +92,7 @@ def routing(module: MoEX, report: Report) -> None:
     """The router's score against what fires, and the experts' encoder rows."""
     clouds = {
         LABELS[name]: (scores, shares)
-        for name, (scores, shares) in module.scatter.items()
+        for name, (scores, shares) in module.found.scatter.items()
         if name in ("", "router_linear") and len(scores)
     }
     if clouds:
@@ -128,7 +133,7 @@ def neuron_name(module: MoEX, report: NeuronReport) -> str:
 
 def neurons(module: MoEX, report: Report) -> None:
     """Where chosen neurons fire, and what is lost without them."""
-    reading = module.reading
+    reading = module.found.reading
     if reading is None or not reading.reports:
         return
     cards, rows = [], []
@@ -172,27 +177,27 @@ def neurons(module: MoEX, report: Report) -> None:
 
 def telling(module: MoEX, report: Report) -> None:
     """Detection scores by decile of the activation."""
-    if not module.telling:
+    if not module.found.telling:
         return
     report.add_curve(
         "Neurons told by the tokens at which they fire",
         {
             LABELS[name]: [(float(decile), share) for decile, share in enumerate(found.by_decile, 1)]
-            for name, found in module.telling.items()
+            for name, found in module.found.telling.items()
         },
         "decile of the activation", "share of windows recognised",
         note="Of "
-        + ", ".join(f"{found.count} neurons of {LABELS[name]}" for name, found in module.telling.items())
+        + ", ".join(f"{found.count} neurons of {LABELS[name]}" for name, found in module.found.telling.items())
         + ". An explanation is the 20 tokens with the highest mean activation; a window with one of them counts as one "
         "where the neuron fires. Only models measured alike can be compared. Recognised without the neuron: "
-        + ", ".join(f"{found.silent:.2f} ({LABELS[name]})" for name, found in module.telling.items())
+        + ", ".join(f"{found.silent:.2f} ({LABELS[name]})" for name, found in module.found.telling.items())
         + ".",
     )  # fmt: skip
 
 
 def claim_of_neurons(module: MoEX) -> Claim | None:
     """What cutting neurons out supports."""
-    reading = module.reading
+    reading = module.found.reading
     if reading is None or not any(reading.known):
         return None
     best = [known is not None for known in reading.known]

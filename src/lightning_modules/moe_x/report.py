@@ -23,7 +23,7 @@ CODE = ("configuration_moe_x.py", "modeling_moe_x.py", "layer.py", "pruned.py", 
 
 def table(module: MoEX) -> list[dict[str, Any]] | None:
     """One row per model; None before testing."""
-    if not module.measured:
+    if not module.found.measured:
         return None
     names = {
         "val_ce": "cross entropy", "perplexity": "perplexity", "score_l0_r": "r(score, L0)",
@@ -31,10 +31,12 @@ def table(module: MoEX) -> list[dict[str, Any]] | None:
         "coverage": "coverage", "reconstruction": "reconstruction", "legal_move_rate": "legal moves",
         "detection": "detection score", "detection_swapped": "of another's explanation",
     }  # fmt: skip
-    names = {key: label for key, label in names.items() if any(key in found for found in module.measured.values())}
+    names = {
+        key: label for key, label in names.items() if any(key in found for found in module.found.measured.values())
+    }
     return [
         {"model": LABELS[name], **{label: found.get(key) for key, label in names.items()}}
-        for name, found in module.measured.items()
+        for name, found in module.found.measured.items()
     ]
 
 
@@ -43,7 +45,7 @@ def fill(module: MoEX, report: Report) -> None:
     rows = table(module)
     if rows is None:
         return
-    ours = module.measured[""]
+    ours = module.found.measured[""]
     tiles = [Tile("cross entropy, held-out", ours["val_ce"], "nats a token", tone="lead")]
     if "score_l0_r" in ours:
         tiles += [
@@ -61,7 +63,7 @@ def fill(module: MoEX, report: Report) -> None:
     )  # fmt: skip
     lines = [
         [f"{LABELS[name]}, layer {number}", layer.score_l0_r, layer.active_fraction, layer.load_entropy, layer.load_max]
-        for name, layers in module.layers.items()
+        for name, layers in module.found.layers.items()
         for number, layer in layers.items()
     ]
     if lines:
@@ -87,8 +89,8 @@ def fill(module: MoEX, report: Report) -> None:
 
 def claim(module: MoEX) -> Claim:
     """What the result supports."""
-    ours = module.measured[""]
-    linear = module.measured.get("router_linear", {})
+    ours = module.found.measured[""]
+    linear = module.found.measured.get("router_linear", {})
     return Claim(
         kind="algorithmic",
         support="correlational",
@@ -122,7 +124,7 @@ def write_artefacts(module: MoEX, folder: Path) -> None:
     module.model.save_pretrained(folder)
     for name in CODE:
         shutil.copyfile(Path(__file__).parent / name, folder / name)
-    if module.reading is not None:
+    if module.found.reading is not None:
         chosen = [
             {
                 "name": pages.neuron_name(module, found),
@@ -131,18 +133,18 @@ def write_artefacts(module: MoEX, folder: Path) -> None:
                 "control": asdict(other),
             }
             for found, effect, other in zip(
-                module.reading.reports, module.reading.effects, module.reading.controls, strict=True
+                module.found.reading.reports, module.found.reading.effects, module.found.reading.controls, strict=True
             )
         ]
         write_text(folder / "neurons.json", json.dumps(chosen, indent=1) + "\n")
     tokenized = module.save_tokenizer(folder)
-    if module.measured:
+    if module.found.measured:
         found = {
             name or "moe_x": {
                 "metrics": metrics,
-                "layers": {number: asdict(layer) for number, layer in module.layers.get(name, {}).items()},
+                "layers": {number: asdict(layer) for number, layer in module.found.layers.get(name, {}).items()},
             }
-            for name, metrics in module.measured.items()
+            for name, metrics in module.found.measured.items()
         }
         write_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
     prompt = ";1.e4 " if module.hparams.vocabulary else "It is a truth"

@@ -11,7 +11,15 @@ from torch import Tensor
 from safelight.lightning_modules.moe_x.measuring import inputs_of
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
 from safelight.lightning_modules.moe_x.neurons import neurons
-from safelight.metrics.neuron_detection import Explainer, Scorer, TokenSet, detection_score, split_windows, windows_of
+from safelight.metrics.neuron_detection import (
+    Explainer,
+    NeuronDetection,
+    Scorer,
+    TokenSet,
+    detection_score,
+    split_windows,
+    windows_of,
+)
 
 WIDTH, SHOWN, TESTED = 32, 40, 100
 """Tokens of a window; windows that are explained; windows of each kind that are judged (delphi)."""
@@ -81,7 +89,8 @@ def tell(
         return None
     sides = [windows_of(tokens, values[..., neuron], texts, WIDTH) for neuron in chosen]
     told = [explainer.explain(split_windows(firing, shown=SHOWN, seed=seed)[0]) for firing, _ in sides]
-    found, swapped = [], []
+    found: list[NeuronDetection] = []
+    swapped: list[NeuronDetection] = []
     for place, (firing, silent) in enumerate(sides):
         for results, number in ((found, place), (swapped, place - 1)):
             explanation = told[number]

@@ -139,20 +139,20 @@ def tested() -> MoEX:
 
 
 def test_metrics_are_the_worst_of_the_layers(tested: MoEX) -> None:
-    ours = tested.measured[""]
+    ours = tested.found.measured[""]
     tokens = torch.stack([row["tokens"] for row in rows()])
     with torch.no_grad():
         logits = tested.model(tokens[:, :-1]).logits
     ce = float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
     assert ours["val_ce"] == pytest.approx(ce, rel=1e-5)
     assert ours["perplexity"] == pytest.approx(math.exp(ce), rel=1e-5)
-    layers = tested.layers[""].values()
+    layers = tested.found.layers[""].values()
     assert ours["score_l0_r"] == max(layer.score_l0_r for layer in layers)
     assert ours["active_fraction"] == max(layer.active_fraction for layer in layers)
     assert ours["load_entropy"] == min(layer.load_entropy for layer in layers)
     assert 0 <= ours["dead_fraction"] < 1
-    assert set(tested.measured["dense"]) == {"val_ce", "perplexity"}
-    assert ours["score_l0_r"] < tested.measured["router_linear"]["score_l0_r"]
+    assert set(tested.found.measured["dense"]) == {"val_ce", "perplexity"}
+    assert ours["score_l0_r"] < tested.found.measured["router_linear"]["score_l0_r"]
 
 
 def test_report_and_artefact(tested: MoEX, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_report_and_artefact(tested: MoEX, tmp_path: Path) -> None:
     assert len(report.claims[0].evidence) == 2
     tested.export(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["moe_x"]["metrics"]["val_ce"] == tested.measured[""]["val_ce"]
+    assert results["moe_x"]["metrics"]["val_ce"] == tested.found.measured[""]["val_ce"]
     assert set(results["moe_x"]["layers"]) == {"0", "1"}
     for name in ("router.py", "layer.py"):
         assert "import safelight" not in (tmp_path / name).read_text()
@@ -209,7 +209,7 @@ def test_the_spec_in_small() -> None:
     runner = trainer(max_steps=250, max_epochs=-1, limit_val_batches=0)
     runner.fit(module, datamodule=data)
     runner.test(module, datamodule=data, verbose=False)
-    ours, dense, linear = (module.measured[name] for name in ("", "dense", "router_linear"))
+    ours, dense, linear = (module.found.measured[name] for name in ("", "dense", "router_linear"))
     assert ours["val_ce"] <= min(0.85, dense["val_ce"] - 0.03)
     assert ours["score_l0_r"] <= -0.9
     assert ours["active_fraction"] <= min(0.36, linear["active_fraction"] - 0.07)

@@ -72,9 +72,9 @@ def test_training_and_testing_on_text(tmp_path: Path, monkeypatch: pytest.Monkey
     runner.fit(module, data)
     runner.test(module, data, verbose=False)
     assert module.token_text(ord("e")) == "e"
-    assert "legal_move_rate" not in module.measured[""]
-    assert 0 < module.measured[""]["detection"] <= 1
-    assert set(module.telling) == {"", "dense"}
+    assert "legal_move_rate" not in module.found.measured[""]
+    assert 0 < module.found.measured[""]["detection"] <= 1
+    assert set(module.found.telling) == {"", "dense"}
     report = Report("text")
     module.fill_report(report)
     page = report.html()

@@ -56,7 +56,10 @@ class BoardCoverage(Metric):
         self.register_buffer("largest", largest, persistent=False)
         steps, neurons, classes = len(THRESHOLDS), len(largest), sum(sets.values())
         # Counts stay exact in single precision up to 16 million positions.
-        self.add_state("hits", torch.zeros(steps, neurons, classes), dist_reduce_fx="sum")
+        self.add_state("hits", torch.zeros(()), dist_reduce_fx="sum")
+        # torchmetrics keeps a copy of what a state begins as: gigabytes, unless it is one zero seen many times.
+        self._defaults["hits"] = torch.zeros(()).expand(steps, neurons, classes)
+        self.hits = torch.zeros(steps, neurons, classes)
         self.add_state("fired", torch.zeros(steps, neurons), dist_reduce_fx="sum")
         self.add_state("present", torch.zeros(classes), dist_reduce_fx="sum")
         self.add_state("positions", torch.zeros(()), dist_reduce_fx="sum")

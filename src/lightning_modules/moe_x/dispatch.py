@@ -70,7 +70,7 @@ def mix_experts(
     order = flat.argsort(stable=True)
     token, expert = order // k, flat[order]
     counts = torch.bincount(flat, minlength=experts)
-    rows = x[token]
+    rows = x.index_select(0, token)
     if backend == "grouped":
         ends = counts.cumsum(0).to(torch.int32)
         hidden = F.grouped_mm(rows, w_enc.to(rows.dtype).transpose(1, 2), offs=ends)

@@ -321,7 +321,8 @@ class MoEX(SafelightModule):
             groups.append({"params": list(sae.parameters()), "weight_decay": 0.0, "lr": hparams.sae_lr})
             end = self._steps_of("dense")[1]
             factors.append(self._rate_factor(end, end + hparams.sae_steps))
-        optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=tuple(hparams.betas or (0.9, 0.95)))
+        betas, fused = tuple(hparams.betas or (0.9, 0.95)), self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=hparams.lr, betas=betas, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

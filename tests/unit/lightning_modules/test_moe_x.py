@@ -236,3 +236,21 @@ def test_speed_is_logged() -> None:
     logged = fit(tiny(), 2)
     assert logged["perf/tokens_per_second"] > 0
     assert "perf/mfu" not in logged, "a CPU's peak is not known"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H200", torch.bfloat16, 989e12),
+        ("NVIDIA L40S", torch.bfloat16, 362e12),
+        ("NVIDIA A40", torch.float16, 149.7e12),
+        ("NVIDIA A40", torch.float32, None),
+        ("Something new", torch.bfloat16, None),
+    ],
+)
+def test_peaks_of_accelerators(monkeypatch: pytest.MonkeyPatch, name: str, dtype: Any, peak: float | None) -> None:
+    from safelight.lightning_modules.moe_x.speed import peak_flops
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0), dtype) == peak
+    assert peak_flops(torch.device("cpu"), dtype) is None

@@ -18,6 +18,7 @@ from safelight.lightning_modules.moe_x.router import (
     balance_loss,
     expert_statistics,
     firing_probability,
+    mean_and_variance,
     sparsity_scores,
     top_gates,
     z_loss,
@@ -273,3 +274,15 @@ def test_the_backend_fits_type_and_alignment() -> None:
     assert best_backend(torch.zeros(1, dtype=torch.float64), 16, 64) == "loop"
     assert best_backend(torch.zeros(1), 15, 64) == "loop"
     assert best_backend(torch.zeros(1, dtype=torch.bfloat16), 12, 64) == "loop"
+
+
+def test_mean_and_variance_over_neurons() -> None:
+    w = (torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2).requires_grad_()
+    variance, mean = torch.var_mean(w, 1, correction=0)
+    found = mean_and_variance(w)
+    assert torch.allclose(found[0], mean)
+    assert torch.allclose(found[1], variance)
+    assert torch.autograd.gradcheck(mean_and_variance, (w,))
+    assert torch.autograd.gradgradcheck(mean_and_variance, (w,))
+    near = torch.full((1, 9, 4), 1e3) + 1e-3 * torch.randn(1, 9, 4)
+    assert torch.allclose(mean_and_variance(near)[1], torch.var(near, 1, correction=0), rtol=1e-2), "no cancellation"

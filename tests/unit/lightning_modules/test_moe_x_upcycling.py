@@ -259,3 +259,22 @@ def test_geglu_has_as_many_active_parameters() -> None:
     assert window(CONTROLS["dense"], 5, 9) == (0, 9)
     assert window(CONTROLS["source"], 5, 9) == (0, 5)
     assert window(CONTROLS["router_linear"], 5, 9) == (5, 9)
+
+
+def test_the_optimiser_begins_anew_where_experts_do() -> None:
+    """Under DDP waiting models have gradients of zero, and so moments and a count of steps."""
+
+    class Counted(Watched):
+        left: tuple[bool, bool] | None = None
+
+        def _begin_from(self, dense: nn.Module) -> None:
+            state: Any = self.trainer.optimizers[0].state
+            own, scratch = next(self.model.parameters()), next(self.controls["scratch"].parameters())
+            zeros = torch.zeros_like(own)
+            state[own] = {"step": torch.tensor(2.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+            super()._begin_from(dense)
+            self.left = own in state, scratch in state
+
+    module = Counted(**SMALL, dense_steps=2, controls=["scratch"])
+    fit(module, 3)
+    assert module.left == (False, True)

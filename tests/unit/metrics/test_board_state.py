@@ -157,3 +157,15 @@ def test_counts_of_processes_add_up() -> None:
     for name, reduce in whole._reductions.items():
         assert reduce is not None
         assert torch.equal(getattr(whole, name), reduce(torch.stack([getattr(one, name), getattr(two, name)])))
+
+
+def test_counts_begin_anew_after_a_reset() -> None:
+    activations, labels = made_up()
+    metric = BoardCoverage(activations.amax(0), {"all": 12})
+    metric.update(activations, {"all": labels})
+    first = float(metric.compute()["all"])
+    metric.reset()
+    assert float(metric.hits.sum()) == 0
+    metric.update(activations, {"all": labels})
+    assert float(metric.compute()["all"]) == first
+    assert metric._defaults["hits"].untyped_storage().nbytes() == 4, "the default is one number"  # type: ignore[union-attr]

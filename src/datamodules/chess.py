@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from safelight import zoo
-from safelight.datamodules.chess_boards import BoardStates, board_states
+from safelight.datamodules.chess_boards import FLAGS, PIECE_SETS, SQUARE_SETS, BoardStates, board_states
 from safelight.datamodules.chess_games import VOCABULARY, encode, read_games, rows_of
 from safelight.datamodules.faults import Faults, OnError, drawn
 from safelight.datamodules.loading import ResumableLoader
@@ -31,10 +31,17 @@ class GameRows(Dataset[dict[str, Any]]):
         rows: texts of equal length.
         boards: of each row.
         positions: P.
+        sets: property sets to give; None for all that are known.
     """
 
-    def __init__(self, rows: Sequence[str], boards: Sequence[BoardStates] | None = None, positions: int = 20) -> None:
-        self.rows, self.boards, self.positions = list(rows), boards, positions
+    def __init__(
+        self,
+        rows: Sequence[str],
+        boards: Sequence[BoardStates] | None = None,
+        positions: int = 20,
+        sets: Sequence[str] | None = None,
+    ) -> None:
+        self.rows, self.boards, self.positions, self.sets = list(rows), boards, positions, sets
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,7 +52,8 @@ class GameRows(Dataset[dict[str, Any]]):
             states = self.boards[index]
             missing = self.positions - len(states.at)
             item["board_at"] = pad(states.at, (0, missing), value=-1)
-            item["board"] = {name: pad(value, (0, 0, 0, missing)) for name, value in states.labels().items()}
+            labels = states.labels()
+            item["board"] = {name: pad(labels[name], (0, 0, 0, missing)) for name in self.sets or labels}
         return item
 
 
@@ -62,6 +70,7 @@ class ChessDataModule(LightningDataModule):
             are played through in any case where boards are known.
         boards: what test rows say about the board where White is to move: ``pieces`` (four property sets), ``all`` (23,
             a millisecond a position), or nothing; ``auto`` is ``pieces`` where the ``chess`` extra is installed.
+        board_sets: of these property sets those to look for, the first is the headline; null for all.
         board_characters: so many first characters of a row are looked at (reference: 256).
         board_positions: of the first so many moves of a row (reference: 20).
         bge_compat: count forks and mate threats as the reference does, see :func:`board_states`.
@@ -84,6 +93,7 @@ class ChessDataModule(LightningDataModule):
         test_size: Annotated[int, Ge(1)] | None = 256,
         check_moves: bool = False,
         boards: Literal["auto", "pieces", "all"] | None = "auto",
+        board_sets: list[str] | None = None,
         board_characters: Annotated[int, Ge(8)] = 256,
         board_positions: Annotated[int, Ge(1)] = 20,
         bge_compat: bool = False,
@@ -99,6 +109,10 @@ class ChessDataModule(LightningDataModule):
         self.test_size, self.on_error, self.batch_size = test_size, on_error, batch_size
         self.test_batch_size, self.num_workers, self.seed = test_batch_size, num_workers, seed
         self.check_moves, self.boards, self.bge_compat = check_moves, boards, bge_compat
+        known = (*PIECE_SETS, *SQUARE_SETS, *FLAGS) if boards == "all" else PIECE_SETS
+        if wrong := sorted(set(board_sets or ()) - set(known)):
+            raise SafelightError(f"board_sets={wrong}: with boards={boards} there are {', '.join(known)}")
+        self.board_sets = board_sets
         self.board_characters, self.board_positions = board_characters, board_positions
         self.train_set: GameRows | None = None
 
@@ -128,7 +142,7 @@ class ChessDataModule(LightningDataModule):
             )
         self.train_set = GameRows(train)
         test, boards = self._with_boards(test[: self.test_size], file)
-        self.test_set = GameRows(test, boards, self.board_positions)
+        self.test_set = GameRows(test, boards, self.board_positions, self.board_sets)
 
     def _with_boards(self, rows: list[str], file: Path) -> tuple[list[str], list[BoardStates] | None]:
         """Test rows and what stands on their boards."""

@@ -197,6 +197,7 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
             "method.block_size": 127, "method.n_layer": 3, "method.d_model": 128, "method.expert_hidden": 256,
             "method.lr": 2e-3, "method.warmup_steps": 50, "method.dense_steps": 620, "method.controls": controls,
             "data.batch_size": 32, "data.test_size": 2000, "trainer.max_steps": 1240,
+            "data.board_sets": ["piece_masked_blank_initial"],
         }  # fmt: skip
         figures = {"val_ce": 0.211, "coverage": 0.428, "reconstruction": 0.840}
         return "moe_x", "", settings, {metric: (value, True) for metric, value in figures.items()}

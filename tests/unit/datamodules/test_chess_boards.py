@@ -180,6 +180,11 @@ def test_test_rows_bring_their_boards() -> None:
         assert moved[at < 0].sum() == 0
     assert set(batch["board"]) >= {*SQUARE_SETS, *FLAGS}
     assert "board" not in next(iter(data.val_dataloader()))
+    some = ChessDataModule(block_size=96, test_size=8, board_sets=["piece_color", "piece"])
+    some.setup()
+    assert list(next(iter(some.test_dataloader()))["board"]) == ["piece_color", "piece"]
+    with pytest.raises(SafelightError, match=r"board_sets=\['pin'\]: with boards=auto there are piece_masked"):
+        ChessDataModule(board_sets=["pin"])
     plain = ChessDataModule(block_size=96, test_size=8, boards=None)
     plain.setup()
     assert "board" not in next(iter(plain.test_dataloader()))

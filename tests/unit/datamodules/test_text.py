@@ -531,3 +531,10 @@ def test_the_shipped_text(tmp_path: Path) -> None:
     first = {text[:40] for text in texts_in(data._tokens().test)}
     assert "Call me Ishmael. Some years ago--never m" in first
     assert len(first) > 10
+
+
+def test_the_command_line_takes_data_sets_of_the_hub() -> None:
+    from safelight.cli import compose, validate
+
+    assert validate(compose(["method=moe_x", "data=text", "data.path=hf:some/prose"])) == []
+    assert validate(compose(["method=moe_x", "data=text", "data.path=some/prose"])) != []

@@ -278,3 +278,22 @@ def test_the_optimiser_begins_anew_where_experts_do() -> None:
     module = Counted(**SMALL, dense_steps=2, controls=["scratch"])
     fit(module, 3)
     assert module.left == (False, True)
+
+
+def test_models_that_wait_or_are_done_have_no_learning_rate() -> None:
+    """Not even weight decay may move them, where DDP gives them gradients of zero."""
+    rates: list[dict[str, float]] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, runner: Any, module: MoEX, *args: Any) -> None:
+            groups = runner.optimizers[0].param_groups
+            names = list(module._trained())
+            rates.append({name: groups[2 * place]["lr"] for place, name in enumerate(names)})
+
+    module = MoEX(**SMALL, dense_steps=2, controls=ALL)
+    runner = trainer(max_steps=4, max_epochs=-1, callbacks=[Watch()])
+    runner.fit(module, loader())
+    assert [sorted(name for name, rate in step.items() if rate > 0) for step in rates] == [
+        *2 * [["dense", "scratch", "source"]],
+        *2 * [["", "dense", "dense_continued", "router_linear", "scratch"]],
+    ]

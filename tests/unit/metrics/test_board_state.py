@@ -94,14 +94,15 @@ def precise(activations: Tensor, largest: Tensor, labels: Tensor, threshold: flo
 
 
 def test_precise_means_95_percent_and_ten_times() -> None:
-    labels = torch.zeros(400, 3, dtype=torch.uint8)
-    activations = torch.zeros(400, 3)
+    labels = torch.zeros(400, 4, dtype=torch.uint8)
+    activations = torch.zeros(400, 4)
     activations[:20, 0], labels[:19, 0] = 1, 1  # 95 %
     activations[100:120, 1], labels[100:118, 1] = 1, 1  # 90 %
     activations[200:209, 2], labels[200:209, 2] = 1, 1  # only nine times
-    coverage = BoardCoverage(activations.amax(0), {"all": 3})
+    activations[300:310, 3], labels[300:310, 3] = 1, 1  # ten times are enough
+    coverage = BoardCoverage(activations.amax(0), {"all": 4})
     coverage.update(activations, {"all": labels})
-    assert coverage.precise("all")[0].nonzero().tolist() == [[0, 0]]
+    assert coverage.precise("all")[0].nonzero().tolist() == [[0, 0], [3, 3]]
 
 
 def test_oracle_features_reach_the_ceiling_and_an_idle_one_the_floor() -> None:
@@ -137,6 +138,17 @@ def test_squares_with_a_wrong_class_do_not_choose_the_threshold() -> None:
         found[choose] = (metric.chosen(), float(metric.compute()))
     assert found["f1"] == (0, pytest.approx(2 / 3))
     assert found["per_square"] == (5, pytest.approx(2 * 30 / (60 + 70)))
+
+
+def test_the_last_threshold_is_not_chosen() -> None:
+    labels = torch.zeros(20, 1, dtype=torch.uint8)
+    labels[:10] = 1
+    activations = torch.where(labels.bool(), 2.0, 0.99)  # above the largest of the other games
+    metric = BoardReconstruction(torch.ones(1), torch.ones(11, 1, 1, dtype=torch.bool), squares=1)
+    metric.update(activations, labels)
+    assert float(metric.by_threshold()[10]) == 1
+    assert metric.chosen() == 0
+    assert float(metric.compute()) == pytest.approx(2 / 3)
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9))

@@ -51,8 +51,18 @@ def test_features_are_few_and_reconstruct_what_they_learned() -> None:
         made = sae(x)
     assert ((made - x).square().sum() / (x - x.mean(0)).square().sum()) < 0.1, "in the stream's own units"
     assert int(sae.seen) == 151
-    assert (sae.idle == 0).any()
-    assert (sae.idle > 100).any(), "features that never fired are counted"
+    sae.loss(x)
+    fired = (features > 0).any(0)
+    assert (sae.idle[fired] == 0).all()
+    assert (sae.idle[~fired] > 0).all(), "steps since a feature fired are counted"
+
+
+def test_the_scale_of_the_stream_does_not_matter() -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    small, large = baseline(), baseline()
+    assert float(small.loss(0.01 * x)) == pytest.approx(float(large.loss(100 * x)), rel=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(small.neurons(0.01 * x), large.neurons(100 * x), atol=1e-4)
 
 
 def test_dense_models_are_read_in_place() -> None:

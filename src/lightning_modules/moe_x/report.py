@@ -27,13 +27,14 @@ def table(module: MoEX) -> list[dict[str, Any]] | None:
         return None
     names = {
         "val_ce": "cross entropy", "perplexity": "perplexity", "score_l0_r": "r(score, L0)",
-        "active_fraction": "neurons firing", "load_entropy": "load entropy", "dead_fraction": "dead neurons",
-        "coverage": "coverage", "reconstruction": "reconstruction", "legal_move_rate": "legal moves",
-        "detection": "detection score", "detection_swapped": "of another's explanation",
+        "active_fraction": "neurons firing", "dead_fraction": "dead neurons", "coverage": "coverage",
+        "reconstruction": "reconstruction", "legal_move_rate": "legal moves", "detection": "detection score",
+        "detection_swapped": "of another's explanation",
     }  # fmt: skip
-    names = {
-        key: label for key, label in names.items() if any(key in found for found in module.found.measured.values())
-    }
+    if module.hparams.vocabulary:  # of characters nobody wants the perplexity
+        del names["perplexity"]
+    seen = {key for found in module.found.measured.values() for key in found}
+    names = {key: label for key, label in names.items() if key in seen}
     return [
         {"model": LABELS[name], **{label: found.get(key) for key, label in names.items()}}
         for name, found in module.found.measured.items()
@@ -57,9 +58,12 @@ def fill(module: MoEX, report: Report) -> None:
     report.add_table(
         "The model and its controls", list(rows[0]), [list(row.values()) for row in rows],
         note="Trained on the same batches from weights of the same seed. Of several layers the worst is shown. L0: "
-        "share of an expert's neurons that fire, counted for all experts, chosen or not.",
+        "share of an expert's neurons that fire, counted for all experts, chosen or not. Boards: the best layer.",
         controls=controls, ours=[LABELS[""]],
-        better={"cross entropy": "lower", "perplexity": "lower", "neurons firing": "lower", "dead neurons": "lower"},
+        better={
+            "cross entropy": "lower", "perplexity": "lower", "neurons firing": "lower", "dead neurons": "lower",
+            "coverage": "higher", "reconstruction": "higher", "legal moves": "higher", "detection score": "higher",
+        },
     )  # fmt: skip
     lines = [
         [f"{LABELS[name]}, layer {number}", layer.score_l0_r, layer.active_fraction, layer.load_entropy, layer.load_max]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS
 from safelight.lightning_modules.moe_x.reading import mean_firing, principal
+from safelight.lightning_modules.moe_x.router import firing_probability
 from safelight.lightning_modules.moe_x.sae_baseline import LABEL as SAE
 from safelight.metrics.board_state import PIECES, piece_on_square
 from safelight.reporting import Claim
@@ -106,6 +107,19 @@ def routing(module: MoEX, report: Report) -> None:
             "One point for each token and expert, chosen or not, last layer with experts.",
             x_label="score, in its standard deviations", y_label="share of the expert's neurons that fire",
         )  # fmt: skip
+    calibration = {
+        LABELS[name]: calibrated(scores, shares)
+        for name, (scores, shares) in module.found.scatter.items()
+        if module.models()[name].config.router == "sparsity" and len(scores)
+    }
+    if calibration:
+        report.add_curve(
+            "How many neurons the router expects to fire, and how many do",
+            {**calibration, "as expected": [(0.0, 0.0), (1.0, 1.0)]},
+            "expected share of an expert's neurons", "share that fires",
+            note="Tenths of the expected share, last layer with experts, all experts of each token. The closed form "
+            "takes an expert's pre-activations for Gaussian and its input coordinates for independent.",
+        )  # fmt: skip
     layers = module.model.expert_layers()
     if layers:
         number, layer = max(layers.items())
@@ -120,6 +134,16 @@ def routing(module: MoEX, report: Report) -> None:
             },
             f"Layer {number}, {each} neurons of each expert in the two directions of the largest spread.",
         )
+
+
+def calibrated(scores: Tensor, shares: Tensor) -> list[tuple[float, float]]:
+    """Mean expected and mean true share in each tenth of the expected one that occurs."""
+    expected = firing_probability(scores)
+    tenth = (10 * expected).long().clamp(max=9)
+    return [
+        (float(expected[tenth == number].mean()), float(shares[tenth == number].mean()))
+        for number in tenth.unique().tolist()
+    ]
 
 
 def neuron_name(module: MoEX, report: NeuronReport) -> str:

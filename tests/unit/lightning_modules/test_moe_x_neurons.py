@@ -26,6 +26,7 @@ from safelight.lightning_modules.moe_x.neurons import (
     matched,
     token_losses,
 )
+from safelight.lightning_modules.moe_x.pages import calibrated
 from safelight.lightning_modules.moe_x.pruning import largest_activations, prune_dead
 from safelight.lightning_modules.moe_x.reading import choose, principal, read_closely
 from safelight.lightning_modules.moe_x.sampling import sample
@@ -253,3 +254,14 @@ def test_every_row_of_boards_counts_once_over_processes() -> None:
     )
     assert torch.cat(other.rows)[mine].unique().tolist() == [4, 5]
     assert 0 < whole.coverage <= whole.ceiling
+
+
+def test_calibration_is_the_mean_of_each_tenth() -> None:
+    scores = torch.tensor([0.9, 0.86, 0.0, -0.02, -1.0])  # expected .05, .07, .5, .51, 1
+    shares = torch.tensor([0.1, 0.3, 0.6, 0.4, 0.9])
+    found = calibrated(scores, shares)
+    assert found == [
+        (pytest.approx(0.06), pytest.approx(0.2)),
+        (pytest.approx(0.505), pytest.approx(0.5)),
+        (pytest.approx(1.0), pytest.approx(0.9)),
+    ]

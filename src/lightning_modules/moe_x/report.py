@@ -54,15 +54,17 @@ def fill(module: MoEX, report: Report) -> None:
             Tile("neurons of chosen experts that fire", f"{100 * ours['active_fraction']:.0f} %", "worst layer"),
         ]
     report.add_tiles(tiles)
-    controls = [LABELS[name] for name in module.control_names]
+    controls = [LABELS[name] for name in module.found.measured if name]
+    elsewhere = ("coverage", "reconstruction")  # layer by layer, with what they are measured by
+    columns = [name for name in rows[0] if name not in elsewhere]
     report.add_table(
-        "The model and its controls", list(rows[0]), [list(row.values()) for row in rows],
+        "The model and its controls", columns, [[row[name] for name in columns] for row in rows],
         note="Trained on the same batches from weights of the same seed. Of several layers the worst is shown. L0: "
-        "share of an expert's neurons that fire, counted for all experts, chosen or not. Boards: the best layer.",
+        "share of an expert's neurons that fire, counted for all experts, chosen or not.",
         controls=controls, ours=[LABELS[""]],
         better={
             "cross entropy": "lower", "perplexity": "lower", "neurons firing": "lower", "dead neurons": "lower",
-            "coverage": "higher", "reconstruction": "higher", "legal moves": "higher", "detection score": "higher",
+            "legal moves": "higher", "detection score": "higher",
         },
     )  # fmt: skip
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,6 +150,11 @@ class ChessDataModule(LightningDataModule):
         boards = self.boards
         if boards == "auto":
             boards = "pieces" if find_spec("chess") else None
+            if boards is None:
+                warnings.warn(
+                    "boards and legal moves are not measured: pip install 'safelight[chess]' for the rules of chess",
+                    stacklevel=2,
+                )
         if boards is None:
             return rows, None
         faults, kept = Faults(self.on_error), []

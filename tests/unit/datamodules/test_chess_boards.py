@@ -207,3 +207,13 @@ def test_states_keep_their_types() -> None:
     assert isinstance(found, BoardStates)
     assert found.pieces.dtype == torch.uint8
     assert len(found.at) == 2
+
+
+def test_without_the_rules_nothing_is_known_of_boards(monkeypatch: pytest.MonkeyPatch) -> None:
+    from safelight.datamodules import chess as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    data = ChessDataModule(block_size=96, test_size=8)
+    with pytest.warns(UserWarning, match=r"pip install 'safelight\[chess\]'"):
+        data.setup()
+    assert "board" not in next(iter(data.test_dataloader()))

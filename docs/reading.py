@@ -62,10 +62,21 @@ def experiments() -> list[Experiment]:
     found = []
     for file in sorted((CONFIGS / "experiment").glob("*.yaml")):
         text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        method = next(entry["override /method"] for entry in content["defaults"] if "override /method" in entry)
-        found.append(Experiment(file.stem, _sentence(text), method, content.get("paper", {})))
+        method, paper = _method_and_paper(file)
+        found.append(Experiment(file.stem, _sentence(text), method, paper))
     return found
+
+
+def _method_and_paper(file: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What an experiment picks and quotes; one that is built on another has these from there."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    method, paper = "", {}
+    for entry in content["defaults"]:
+        if isinstance(entry, str):
+            method, paper = _method_and_paper(file.with_name(f"{entry}.yaml"))
+        else:
+            method = entry.get("override /method", method)
+    return method, {**paper, **content.get("paper", {})}
 
 
 def _sentence(text: str) -> str:

@@ -146,7 +146,7 @@ class BoardReader:
                     board.update(activations[part].to(largest.device), truth[part].to(largest.device))
                 best, best_f1 = coverage.best_neuron(name)
                 found[name] = BoardResult(
-                    coverage=float(coverage.best_f1(name).mean(1).max()),
+                    coverage=float(best_f1.mean()),
                     ceiling=coverage.ceiling(name),
                     floor=coverage.floor(name),
                     reconstruction=float(board.compute()),

@@ -10,7 +10,6 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from safelight.errors import SafelightError
 from safelight.lightning_modules.base import SafelightModule
@@ -18,17 +17,13 @@ from safelight.lightning_modules.moe_x.configuration_moe_x import MoEXConfig
 from safelight.lightning_modules.moe_x.examination import Examination, Findings
 from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS, Control, Entry, window
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
+from safelight.lightning_modules.moe_x.neurons import token_losses
+from safelight.lightning_modules.moe_x.sae_baseline import LABEL as SAE
 from safelight.lightning_modules.moe_x.sae_baseline import SparseBaseline
 from safelight.lightning_modules.moe_x.speed import SpeedMeter
 from safelight.lightning_modules.moe_x.upcycling import Upcycling, load_dense, upcycle
 from safelight.lightning_modules.schedules import warmup_cosine
 from safelight.lightning_modules.sharding import is_sharded
-
-
-def _cross_entropy(model: MoEXForCausalLM, tokens: Tensor) -> Tensor:
-    """Cross entropy (nats) of every token after the first, flattened."""
-    logits = model(tokens[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
 
 
 class MoEX(SafelightModule):
@@ -220,10 +215,10 @@ class MoEX(SafelightModule):
         h = self.hparams
         hidden = h.sae_hidden or h.n_experts * (h.expert_hidden or 4 * h.d_model)
         layer = max(h.n_layer - 2, 0) if h.sae_layer is None else h.sae_layer
-        return {"dense_sae": SparseBaseline(h.d_model, hidden=hidden, k=h.sae_k, layer=layer, seed=h.seed)}
+        return {SAE: SparseBaseline(h.d_model, hidden=hidden, k=h.sae_k, layer=layer, seed=h.seed)}
 
     def _sae(self) -> SparseBaseline | None:
-        found: SparseBaseline | None = self.baselines["dense_sae"] if len(self.baselines) else None  # type: ignore[assignment]
+        found: SparseBaseline | None = self.baselines[SAE] if len(self.baselines) else None  # type: ignore[assignment]
         return found
 
     def _steps_of(self, name: str) -> tuple[int, int]:
@@ -243,7 +238,7 @@ class MoEX(SafelightModule):
                 if self.trainer.world_size > 1 and not is_sharded(model):  # DDP waits for every weight's gradient
                     losses.append(0.0 * torch.stack([p.sum() for p in model.parameters()]).sum())
                 continue
-            ce = _cross_entropy(model, tokens).mean()
+            ce = token_losses(model, tokens).mean()
             routings = [layer.routing for layer in model.expert_layers().values() if layer.routing is not None]
             balance = sum((routing.balance_loss(self._over_all) for routing in routings), ce.new_zeros(()))
             loss = ce + self.hparams.balance_coef * balance
@@ -270,7 +265,7 @@ class MoEX(SafelightModule):
         with torch.no_grad(), sae.tapped(dense) as seen:
             dense(tokens[:, :-1])
         loss = sae.loss(seen[0].flatten(0, 1).float())
-        self.log("train/dense_sae/loss", loss.detach(), batch_size=len(tokens))
+        self.log(f"train/{SAE}/loss", loss.detach(), batch_size=len(tokens))
         return loss
 
     def _over_all(self, mean: Tensor) -> Tensor:
@@ -378,7 +373,7 @@ class MoEX(SafelightModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Cross entropy of held-out rows."""
         tokens = self._tokens(batch)
-        ce = _cross_entropy(self.model, tokens).mean()
+        ce = token_losses(self.model, tokens).mean()
         self.log("val/ce", ce, prog_bar=True, sync_dist=True, batch_size=len(tokens))
 
     def on_test_start(self) -> None:

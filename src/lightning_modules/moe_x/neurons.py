@@ -168,7 +168,6 @@ def ablated(mlp: object, numbers: Tensor) -> Iterator[None]:
             weight.copy_(before)
 
 
-@torch.no_grad()
 def token_losses(model: MoEXForCausalLM, tokens: Tensor) -> Tensor:
     """(B, T), cross entropy of each token but the first, in nats."""
     logits = model(tokens[:, :-1]).logits

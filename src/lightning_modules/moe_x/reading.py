@@ -46,6 +46,7 @@ class Reading:
     experts: dict[tuple[int, int], Effect]
 
 
+@torch.no_grad()
 def read_closely(
     model: MoEXForCausalLM, reader: NeuronReader, boards: Mapping[int, BoardResult], count: int, seed: int
 ) -> Reading:

@@ -52,7 +52,8 @@ class TextDataModule(LightningDataModule):
 
     Args:
         path: ``zoo:text``; a ``.txt`` or ``.jsonl`` file, perhaps as ``.xz``; a folder of these; or ``hf:<data set>``
-            or ``hf:<data set>:<configuration>``, whose ``train`` split is read (needs the package datasets).
+            or ``hf:<data set>:<configuration>``, whose ``train`` split is read (needs the package datasets). Or a list
+            of these.
         separator: what stands between the documents of a ``.txt`` file, line breaks written as ``\n``; null where a
             file is one document.
         text_key: key of the text in a JSON line, or its column in a data set of the hub.
@@ -79,7 +80,7 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        path: str = "zoo:text",
+        path: str | Annotated[list[str], MinLen(1)] = "zoo:text",
         separator: Annotated[str, MinLen(1)] | None = None,
         text_key: str = "text",
         documents: Annotated[int, Ge(2)] | None = None,

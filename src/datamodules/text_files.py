@@ -5,10 +5,10 @@ from __future__ import annotations
 import codecs
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,17 +28,20 @@ class TextSource:
     Attributes:
         path: a ``.txt`` or ``.jsonl`` file, perhaps as ``.xz``, or a folder with such files anywhere below;
             ``zoo:<entry>``; or ``hf:<data set>`` and ``hf:<data set>:<configuration>``, of which ``train`` is read.
+            Several are read one after the other.
         separator: what stands between the documents of a ``.txt`` file; None where a file is one document.
         text_key: where a JSON line or a row of the hub has its text.
         limit: so many first documents only; None for all.
     """
 
-    path: str
+    path: str | Sequence[str]
     separator: str | None = None
     text_key: str = "text"
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        if not self.paths:
+            raise SafelightError("path is empty; give a file, a folder, zoo:text, or a list of these")
         if self.separator == "":
             raise SafelightError("separator is empty; give the text between two documents, or null")
 
@@ -48,10 +51,18 @@ class TextSource:
         A data set of the hub is only named: nobody asks the hub whether it has changed.
         """
         how = [self.separator, self.text_key, self.limit]
-        if self.path.startswith(HUB):
-            return [self.path, *how]
-        stats = [(file, file.stat()) for file in self._files()]
-        return [[[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats], *how]
+        return [*(self._identity_of(path) for path in self.paths), *how]
+
+    @property
+    def paths(self) -> list[str]:
+        """``path`` as a list."""
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+    def _identity_of(self, path: str) -> Any:
+        if path.startswith(HUB):
+            return path
+        stats = [(file, file.stat()) for file in _files(path)]
+        return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
     def read(self, faults: Faults) -> Iterator[str]:
         """The documents; none is blank.
@@ -62,28 +73,11 @@ class TextSource:
         Raises:
             SafelightError: there is nothing to read at ``path``, or ``faults`` are fatal.
         """
-        found = self._hub(faults) if self.path.startswith(HUB) else self._local(faults)
-        return islice(found, self.limit)
+        found = (self._hub(path, faults) if path.startswith(HUB) else self._local(path, faults) for path in self.paths)
+        return islice(chain.from_iterable(found), self.limit)
 
-    def _files(self) -> list[Path]:
-        shipped = self.path.startswith(_ZOO)
-        path = zoo.path(self.path.removeprefix(_ZOO)) if shipped else Path(self.path).expanduser()
-        if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if _kind(file) in _KINDS and file.is_file()]
-            if not files:
-                raise SafelightError(f"path: the folder {self.path} holds no .txt or .jsonl file (nor one as .xz)")
-            return files
-        if not path.is_file():
-            raise SafelightError(
-                f"path: there is no file or folder {self.path!r}; give .txt or .jsonl, perhaps as .xz, a folder of "
-                f"them, zoo:text, or {HUB}<data set>"
-            )
-        if _kind(path) not in _KINDS:
-            raise SafelightError(f"path: {path.name} is neither .txt nor .jsonl (nor one of these as .xz)")
-        return [path]
-
-    def _local(self, faults: Faults) -> Iterator[str]:
-        for file in self._files():
+    def _local(self, path: str, faults: Faults) -> Iterator[str]:
+        for file in _files(path):
             reader = self._json_lines if _kind(file) == ".jsonl" else self._text
             try:
                 yield from reader(file, faults)
@@ -147,23 +141,41 @@ class TextSource:
             return None
         return text
 
-    def _hub(self, faults: Faults) -> Iterator[str]:
+    def _hub(self, path: str, faults: Faults) -> Iterator[str]:
         try:
             library = import_module("datasets")
         except ImportError as error:
             raise SafelightError(
-                f"path: {self.path} is read with the package datasets, which is not installed: pip install datasets"
+                f"path: {path} is read with the package datasets, which is not installed: pip install datasets"
             ) from error
-        name, _, configuration = self.path.removeprefix(HUB).partition(":")
+        name, _, configuration = path.removeprefix(HUB).partition(":")
         try:
             rows = library.load_dataset(name, configuration or None, split="train", streaming=True)
             for number, row in enumerate(rows, 1):
-                if (text := self._text_of(row, f"{self.path}, row {number}", faults)) is not None:
+                if (text := self._text_of(row, f"{path}, row {number}", faults)) is not None:
                     yield text
         except SafelightError:
             raise
         except Exception as error:  # its errors have no common class
-            raise SafelightError(f"path: {self.path} cannot be read: {error}") from error
+            raise SafelightError(f"path: {path} cannot be read: {error}") from error
+
+
+def _files(source: str) -> list[Path]:
+    """The files of a path that is none of the hub's."""
+    path = zoo.path(source.removeprefix(_ZOO)) if source.startswith(_ZOO) else Path(source).expanduser()
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if _kind(file) in _KINDS and file.is_file()]
+        if not files:
+            raise SafelightError(f"path: the folder {source} holds no .txt or .jsonl file (nor one as .xz)")
+        return files
+    if not path.is_file():
+        raise SafelightError(
+            f"path: there is no file or folder {source!r}; give .txt or .jsonl, perhaps as .xz, a folder of "
+            f"them, zoo:text, or {HUB}<data set>"
+        )
+    if _kind(path) not in _KINDS:
+        raise SafelightError(f"path: {path.name} is neither .txt nor .jsonl (nor one of these as .xz)")
+    return [path]
 
 
 def _kind(file: Path) -> str:

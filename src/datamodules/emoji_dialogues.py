@@ -1,4 +1,4 @@
-"""Questions and answers about emoji pictures: what small language models learn to answer, and pictures to replace words.
+"""Questions and answers about emoji pictures, for small language models and for pictures in the place of words.
 
 The same conversations are text (behind the caption, in the zoo's ``captions``) and visual instructions (behind the
 picture, see :class:`~safelight.datamodules.LLaVADataModule`).

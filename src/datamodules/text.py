@@ -59,7 +59,8 @@ class TextDataModule(LightningDataModule):
         text_key: key of the text in a JSON line, or its column in a data set of the hub.
         documents: use the so many first documents only; null for all.
         tokenizer: ``bytes`` (256 and one for the end of a document), ``bpe:<size>`` (a byte-level BPE of so many tokens
-            at most, trained on the training documents), a folder with a transformers tokenizer, or its id on the hub.
+            at most, trained on the training documents), ``zoo:tiny_lm``, a folder with a transformers tokenizer, or
+            its id on the hub.
         block_size: context of the model, tokens; a row has one more (paper: 1024).
         held_out: share of the documents that training never sees.
         stride: tokens from one test row to the next; null for ``block_size``, with which every test token is predicted

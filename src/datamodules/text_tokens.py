@@ -17,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from safelight import zoo
 from safelight.datamodules.faults import Faults, OnError, drawn
 from safelight.datamodules.text_files import TextSource
 from safelight.errors import SafelightError
 
 BYTES, BPE = "bytes", "bpe:"
+_ZOO = "zoo:"
 END_OF_DOCUMENT = "<|endoftext|>"
 """How a tokenizer trained here writes the token before each document."""
 _SMALLEST = 257
@@ -68,7 +70,7 @@ class HubTokenizer:
     """A tokenizer of the transformers library.
 
     Args:
-        name: id on the hub, or a folder, of which nothing is asked of the hub.
+        name: id on the hub, or a folder or ``zoo:<entry>``, with which nothing is asked of the hub.
 
     Raises:
         SafelightError: there is none, or it has no token for the end of a text.
@@ -77,7 +79,8 @@ class HubTokenizer:
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
 
-        folder = Path(name).expanduser()
+        shipped = name.startswith(_ZOO)
+        folder = zoo.path(name.removeprefix(_ZOO)) if shipped else Path(name).expanduser()
         local = folder.is_dir()
         try:
             self.inner: Any = AutoTokenizer.from_pretrained(folder if local else name, local_files_only=local)

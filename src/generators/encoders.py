@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safelight.generators.quiet import quiet
+from safelight.quiet import quiet
 
 
 def text_encoders(pipeline: Any) -> dict[str, Any]:

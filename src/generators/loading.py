@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
-from safelight.generators.quiet import quiet
 from safelight.generators.settings import DTYPES, FAMILIES, KEYS
 from safelight.generators.weights import align, check_weights
+from safelight.quiet import quiet
 
 if TYPE_CHECKING:
     from safelight.generators.base import Generator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from safelight.generators.quiet import quiet
+from safelight.quiet import quiet
 
 if TYPE_CHECKING:
     from safelight.generators.base import Generator

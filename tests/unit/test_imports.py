@@ -14,22 +14,23 @@ import safelight
 from safelight.lightning_modules import _homes
 
 ROOT = Path(safelight.__file__).parent
-# A room and the rooms of the house it may look into. Anything may use `safelight.errors` and `safelight.lazy`.
+# A room and the rooms of the house it may look into. Anything may use `safelight.errors`, `lazy` and `quiet`.
 MAY_IMPORT = {
     "cli": {"lightning_modules", "generators", "masking", "metrics", "reporting", "datamodules", "callbacks", "zoo"},
-    "lightning_modules": {"generators", "masking", "metrics", "reporting", "zoo"},
+    "lightning_modules": {"generators", "masking", "metrics", "probing", "reporting", "zoo"},
     "generators": {"masking", "zoo"},
     "masking": set(),
     "metrics": {"zoo"},
     "reporting": set(),
     "datamodules": {"zoo"},
-    "callbacks": {"reporting"},
+    "callbacks": {"probing", "reporting"},
+    "probing": {"zoo"},
     "zoo": {"lightning_modules", "datamodules", "generators", "metrics", "reporting"},
 }
 # What tests and plug-in authors use may reach everywhere.
 MAY_IMPORT["testing"] = set(MAY_IMPORT)
 # Single files that everything stands on.
-MAY_IMPORT |= {"errors": set(), "lazy": set(), "__init__": set()}
+MAY_IMPORT |= {"errors": set(), "lazy": set(), "quiet": set(), "__init__": set()}
 # Libraries that belong to one room, and one that belongs nowhere: a second copy of Lightning.
 ONLY_IN = {"hydra": {"cli"}, "omegaconf": {"cli"}, "submitit": {"cli"}, "optuna": {"cli"}, "pytorch_lightning": set()}
 LIGHT = ["safelight", "safelight.cli", "safelight.cli.app", "safelight.cli.composing", "safelight.cli.validation"]
@@ -69,7 +70,7 @@ def test_no_arrow_runs_up(room: str) -> None:
     for file in files_of(room):
         for name in imported(file):
             parts = name.split(".")
-            if parts[0] != "safelight" or parts[1:2] in ([room], ["errors"], ["lazy"], ["__version__"]):
+            if parts[0] != "safelight" or parts[1:2] in ([room], ["errors"], ["lazy"], ["quiet"], ["__version__"]):
                 continue
             # Scripts that build the zoo may use everything; the package itself only finds folders.
             if room == "zoo" and file.name != "__init__.py":

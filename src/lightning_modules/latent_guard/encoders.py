@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from safelight import zoo
 from safelight.errors import SafelightError
-from safelight.generators.quiet import quiet
 from safelight.lightning_modules.latent_guard.wording import normalise
+from safelight.quiet import quiet
 
 Pooling = Literal["eos", "mean", "cls"]
 

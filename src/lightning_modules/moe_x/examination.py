@@ -14,7 +14,7 @@ from torch import Tensor
 from safelight.lightning_modules.moe_x.board_reading import BoardReader, BoardResult
 from safelight.lightning_modules.moe_x.measuring import firing, inputs_of
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
-from safelight.lightning_modules.moe_x.neurons import NeuronReader, token_losses
+from safelight.lightning_modules.moe_x.neurons import NeuronReader
 from safelight.lightning_modules.moe_x.reading import Reading, read_closely
 from safelight.lightning_modules.moe_x.sae_baseline import LABEL as SAE
 from safelight.lightning_modules.moe_x.sae_baseline import SparseBaseline
@@ -22,6 +22,7 @@ from safelight.lightning_modules.moe_x.sampling import sample
 from safelight.lightning_modules.moe_x.telling import Telling, tell
 from safelight.metrics import LegalMoveRate, SampleMean
 from safelight.metrics.routing import LayerRouting, RoutingStatistics
+from safelight.probing.language import token_losses
 
 
 @dataclass
@@ -112,10 +113,10 @@ class Examination:
     def _sae(self, sae: SparseBaseline, tokens: Tensor, batch: Mapping[str, Any], index: Tensor) -> None:
         """The dense control with its residual stream replaced by the autoencoder's reconstruction."""
         dense = self.models["dense"]
-        with sae.spliced(dense) as seen:
+        with sae.tapped(dense, replace=True) as seen:
             self.ce[SAE].update(token_losses(dense, tokens).mean(1), index)
         if "board" in batch:
-            self.reader.add((SAE, sae.layer), sae, seen[0], batch["board_at"], index)
+            self.reader.add((SAE, sae.layer), sae, seen[sae.site], batch["board_at"], index)
 
     # -- at the end --------------------------------------------------------------------------------------------------
 

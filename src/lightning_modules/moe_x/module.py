@@ -17,13 +17,13 @@ from safelight.lightning_modules.moe_x.configuration_moe_x import MoEXConfig
 from safelight.lightning_modules.moe_x.examination import Examination, Findings
 from safelight.lightning_modules.moe_x.lineup import CONTROLS, OURS, Control, Entry, window
 from safelight.lightning_modules.moe_x.modeling_moe_x import MoEXForCausalLM
-from safelight.lightning_modules.moe_x.neurons import token_losses
 from safelight.lightning_modules.moe_x.sae_baseline import LABEL as SAE
 from safelight.lightning_modules.moe_x.sae_baseline import SparseBaseline
 from safelight.lightning_modules.moe_x.speed import SpeedMeter
 from safelight.lightning_modules.moe_x.upcycling import Upcycling, load_dense, upcycle
 from safelight.lightning_modules.schedules import warmup_cosine
 from safelight.lightning_modules.sharding import is_sharded
+from safelight.probing.language import token_losses
 
 
 class MoEX(SafelightModule):
@@ -264,7 +264,7 @@ class MoEX(SafelightModule):
         dense: Any = self.controls["dense"]
         with torch.no_grad(), sae.tapped(dense) as seen:
             dense(tokens[:, :-1])
-        loss = sae.loss(seen[0].flatten(0, 1).float())
+        loss, _ = sae.loss(seen[sae.site].flatten(0, 1).float())
         self.log(f"train/{SAE}/loss", loss.detach(), batch_size=len(tokens))
         return loss
 
@@ -295,6 +295,11 @@ class MoEX(SafelightModule):
                 "set data.block_size and method.block_size alike"
             )
         return tokens
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """The autoencoder counts its steps."""
+        if (sae := self._sae()) and self.trainer.global_step >= self._steps_of("dense")[1]:
+            sae.advance()
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **keywords: Any) -> None:
         """Clip each model by itself: together, a control would change how the model learns."""

@@ -8,24 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from safelight.lightning_modules.moe_x.layer import MoEXMLP
 from safelight.lightning_modules.moe_x.measuring import inputs_of
 from safelight.lightning_modules.moe_x.modeling_moe_x import DenseMLP, MoEXForCausalLM
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where a neuron was strongest in one row.
-
-    Attributes:
-        tokens: (W,), those around the place, the place among them.
-        values: (W,), the neuron's activations there.
-    """
-
-    tokens: list[int]
-    values: list[float]
+from safelight.probing.contexts import Context, StrongestRows
+from safelight.probing.language import logit_lens as logits_of
+from safelight.probing.language import token_losses
 
 
 @dataclass(frozen=True)
@@ -60,12 +49,7 @@ class NeuronReader:
 
     top: int = 6
     width: int = 32
-    tokens: list[Tensor] = field(default_factory=list)
-    count: int = 0
-    rows: int = 0
-    rates: dict[int, Tensor] = field(default_factory=dict)
-    values: dict[int, Tensor] = field(default_factory=dict)
-    places: dict[int, Tensor] = field(default_factory=dict)
+    layers: dict[int, StrongestRows] = field(default_factory=dict)
 
     @torch.no_grad()
     def add(self, model: MoEXForCausalLM, tokens: Tensor, inputs: dict[int, Tensor]) -> None:
@@ -76,55 +60,35 @@ class NeuronReader:
             tokens: (B, T), its input.
             inputs: of its feed-forwards on it, (B, T, d) by block, see :func:`inputs_of`.
         """
-        length = tokens.shape[1]
         for number, block in enumerate(model.blocks):
-            for place, x in enumerate(inputs[number]):
-                self._add_row(number, neurons(block.mlp, x), (self.rows + place) * length)
-        self.tokens.append(tokens.cpu())
-        self.rows, self.count = self.rows + len(tokens), self.count + tokens.numel()
-
-    def _add_row(self, number: int, activations: Tensor, start: int) -> None:
-        """One row's activations (T, F); ``start`` is the number of its first token among all."""
-        value, at = activations.float().max(0)
-        fired = (activations > 0).sum(0)
-        if number not in self.values:
-            self.rates[number] = torch.zeros_like(fired)
-            self.values[number] = value.new_zeros(self.top, len(value))
-            self.places[number] = at.new_zeros(self.top, len(value))
-        self.rates[number] += fired
-        # The strongest of the rows so far and of this one.
-        values = torch.cat([self.values[number], value[None]])
-        places = torch.cat([self.places[number], at[None] + start])
-        self.values[number], order = values.topk(self.top, 0)
-        self.places[number] = places.gather(0, order)
+            rows = self.layers.setdefault(number, StrongestRows(self.top, self.width))
+            rows.add(tokens, (neurons(block.mlp, x) for x in inputs[number]))
 
     def rate(self, number: int) -> Tensor:
         """(F,), shares of tokens at which a layer's neurons fire."""
-        return self.rates[number] / max(self.count, 1)
+        return self.layers[number].rate()
+
+    def rows(self) -> Tensor:
+        """(R, T), all tokens."""
+        return torch.cat(next(iter(self.layers.values())).tokens)
 
     @torch.no_grad()
     def report(self, model: MoEXForCausalLM, chosen: Sequence[tuple[int, int]]) -> list[NeuronReport]:
         """Reports of neurons ``(layer, number)``; their contexts are computed once more, in whole rows."""
-        tokens = torch.cat(self.tokens)
-        length = tokens.shape[1]
         found = []
         for layer, neuron in chosen:
-            values = self.values[layer][:, neuron]
-            places = self.places[layer][values > 0, neuron].cpu()
-            contexts = []
-            if len(places):
-                rows = tokens[places // length].to(model.device)
+
+            def recompute(tokens: Tensor, layer: int = layer, neuron: int = neuron) -> Tensor:
                 with inputs_of(model) as seen:
-                    model(rows)
-                activations = neurons(model.blocks[layer].mlp, seen[layer])[..., neuron].float().cpu()
-                for row, line, place in zip(rows.cpu(), activations, (places % length).tolist(), strict=True):
-                    begin = max(min(place - self.width + self.width // 4, length - self.width), 0)
-                    part = slice(begin, begin + self.width)
-                    contexts.append(Context(row[part].tolist(), line[part].tolist()))
+                    model(tokens.to(model.device))
+                return neurons(model.blocks[layer].mlp, seen[layer])[..., neuron]
+
+            rows = self.layers[layer]
+            pushes = logit_lens(model, layer, neuron).topk(min(6, model.config.vocab_size)).indices.tolist()
             found.append(
                 NeuronReport(
-                    layer, neuron, float(self.rate(layer)[neuron]), float(values.max()), contexts,
-                    logit_lens(model, layer, neuron).topk(min(6, model.config.vocab_size)).indices.tolist(),
+                    layer, neuron, float(rows.rate()[neuron]), rows.largest(neuron), rows.contexts(neuron, recompute),
+                    pushes,
                 )
             )  # fmt: skip
         return found
@@ -139,9 +103,7 @@ def neurons(mlp: object, x: Tensor) -> Tensor:
 @torch.no_grad()
 def logit_lens(model: MoEXForCausalLM, layer: int, neuron: int) -> Tensor:
     """(V,), what a neuron's decoder row adds to the logits if nothing followed but the scale of the last norm."""
-    direction = decoder_rows(model.blocks[layer].mlp)[neuron]
-    direction = direction - direction.mean()  # the last norm takes the mean away
-    return F.linear(direction * model.transformer.ln_f.weight, model.lm_head.weight)
+    return logits_of(model, decoder_rows(model.blocks[layer].mlp)[neuron])
 
 
 def decoder_rows(mlp: object) -> Tensor:
@@ -166,14 +128,6 @@ def ablated(mlp: object, numbers: Tensor) -> Iterator[None]:
     finally:
         with torch.no_grad():
             weight.copy_(before)
-
-
-def token_losses(model: MoEXForCausalLM, tokens: Tensor) -> Tensor:
-    """(B, T), cross entropy of each token but the first, in nats."""
-    logits = model(tokens[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(
-        len(tokens), -1
-    )
 
 
 @dataclass(frozen=True)
@@ -215,11 +169,3 @@ def effect_of(model: MoEXForCausalLM, layer: int, numbers: Tensor, tokens: Tenso
         return float(rise[where].mean()) if where.any() else 0.0
 
     return Effect(float(rise.mean()), mean(fires), mean(~fires), float(fires.float().mean()))
-
-
-def matched(rates: Tensor, neuron: int, seed: int = 0) -> int:
-    """A control for a neuron: one of the ten others whose firing rates come closest, drawn by ``seed``."""
-    distance = (rates - rates[neuron]).abs().float()
-    distance[neuron] = torch.inf
-    near = distance.topk(min(10, len(rates) - 1), largest=False).indices
-    return int(near[int(torch.randint(len(near), (1,), generator=torch.Generator().manual_seed(seed + neuron)))])

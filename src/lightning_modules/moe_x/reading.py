@@ -15,9 +15,9 @@ from safelight.lightning_modules.moe_x.neurons import (
     NeuronReader,
     NeuronReport,
     effect_of,
-    matched,
-    token_losses,
 )
+from safelight.probing.contexts import matched
+from safelight.probing.language import token_losses
 
 SEEN = 20
 """Positions at which a class has to occur: the best of thousands of neurons fits a rare one by chance."""
@@ -60,7 +60,7 @@ def read_closely(
         seed: of the draws.
     """
     chosen, known = choose(reader, boards, count, seed)
-    tokens = torch.cat(reader.tokens)[:ROWS].to(model.device)
+    tokens = reader.rows()[:ROWS].to(model.device)
     before = token_losses(model, tokens)
 
     def cut(layer: int, *numbers: int) -> Effect:
@@ -98,7 +98,7 @@ def choose(
         if len(best) < (count + 1) // 2:
             best.setdefault((layer, neuron), (number, f1))
     usual: list[tuple[int, int]] = []
-    for layer in reader.rates:
+    for layer in reader.layers:
         rate = reader.rate(layer)
         fit = ((rate >= USUAL[0]) & (rate <= USUAL[1])).nonzero().flatten().tolist()
         usual += [(layer, neuron) for neuron in fit if (layer, neuron) not in best]

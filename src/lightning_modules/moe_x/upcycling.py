@@ -115,6 +115,35 @@ def _like(weights: Tensor, shape: torch.Size, generator: torch.Generator) -> Ten
     return weights.mean() + weights.std() * torch.randn(shape, generator=generator)
 
 
+_MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+"""Weights that GPT-2's ``Conv1D`` keeps as (in, out)."""
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+"""Ours to transformers'."""
+
+
+def is_gpt2(config: MoEXConfig) -> bool:
+    """Whether a model of ours is a GPT-2 but for its name: dense, with biases, one encoder and one decoder."""
+    return config.mlp == "dense" and config.bias and config.act in _ACTIVATIONS
+
+
+def gpt2_from_dense(dense: MoEXForCausalLM) -> Any:
+    """A dense model of ours as a transformers ``GPT2LMHeadModel``, with the same logits; see :func:`is_gpt2`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ours = dense.config
+    assert is_gpt2(ours)
+    with torch.random.fork_rng(devices=[]):  # its first weights are all written over
+        settings = {
+            "vocab_size": ours.vocab_size, "n_positions": ours.block_size, "n_embd": ours.d_model,
+            "n_layer": ours.n_layer, "n_head": ours.n_head, "n_inner": ours.dense_hidden(),
+            "activation_function": _ACTIVATIONS[ours.act], "bos_token_id": None, "eos_token_id": None,
+        }  # fmt: skip
+        model = GPT2LMHeadModel(GPT2Config(**settings))
+    state = {name: value.T if name.endswith(_MATRICES) else value for name, value in dense.state_dict().items()}
+    model.load_state_dict(state)
+    return model.eval()
+
+
 def dense_from_gpt2(gpt2: nn.Module) -> MoEXForCausalLM:
     """A transformers ``GPT2LMHeadModel`` as a dense model of ours, with the same logits."""
     theirs: Any = gpt2.config
@@ -128,10 +157,8 @@ def dense_from_gpt2(gpt2: nn.Module) -> MoEXForCausalLM:
     if not math.isclose(theirs.layer_norm_epsilon, 1e-5):
         raise SafelightError(f"upcycle_from: layer_norm_epsilon is {theirs.layer_norm_epsilon}, ours 1e-5")
     model = MoEXForCausalLM(config)
-    # Conv1D keeps its weights as (in, out).
-    matrices = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     state = {
-        name: value.T if name.endswith(matrices) else value
+        name: value.T if name.endswith(_MATRICES) else value
         for name, value in gpt2.state_dict().items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal mask of older files
     }

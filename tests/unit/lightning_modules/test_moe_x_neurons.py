@@ -23,13 +23,13 @@ from safelight.lightning_modules.moe_x.neurons import (
     decoder_rows,
     effect_of,
     logit_lens,
-    matched,
-    token_losses,
 )
 from safelight.lightning_modules.moe_x.pages import calibrated
 from safelight.lightning_modules.moe_x.pruning import largest_activations, prune_dead
 from safelight.lightning_modules.moe_x.reading import choose, principal, read_closely
 from safelight.lightning_modules.moe_x.sampling import sample
+from safelight.probing.contexts import StrongestRows, matched
+from safelight.probing.language import token_losses
 
 ROWS = torch.randint(0, 20, (7, 12), generator=torch.Generator().manual_seed(0))
 
@@ -143,7 +143,8 @@ def board(best: list[int], f1: list[float], present: list[int]) -> BoardResult:
 
 def test_half_of_the_neurons_know_the_board_the_others_are_drawn() -> None:
     reader = NeuronReader()
-    reader.count, reader.rates = 1000, {0: torch.tensor([0, 5, 50, 500, 100]), 1: torch.tensor([0, 900, 20, 30, 40])}
+    fired = {0: torch.tensor([0, 5, 50, 500, 100]), 1: torch.tensor([0, 900, 20, 30, 40])}
+    reader.layers = {layer: StrongestRows(count=1000, fired=counts) for layer, counts in fired.items()}
     boards = {0: board([1, 1, 3], [0.5, 0.9, 1.0], [50, 50, 3]), 1: board([4, 2, 0], [0.7, 0.6, 0.1], [50, 50, 50])}
     chosen, known = choose(reader, boards, 4, seed=0)
     assert chosen[:2] == [(0, 1), (1, 4)]

@@ -36,12 +36,14 @@ def test_features_are_few_and_reconstruct_what_they_learned() -> None:
         return 5 * directions[torch.randint(0, 12, (256,), generator=draw)]
 
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    first = float(sae.loss(batch()))
+    first = float(sae.loss(batch())[0])
+    sae.advance()
     assert float(sae.scale) == pytest.approx(8**0.5 / 5, rel=1e-4)
     for _ in range(150):
         optimizer.zero_grad()
-        loss = sae.loss(batch())
+        loss, _ = sae.loss(batch())
         loss.backward()
+        sae.advance()
         optimizer.step()
     assert float(loss) < 0.1 * first
     x = batch()
@@ -52,6 +54,7 @@ def test_features_are_few_and_reconstruct_what_they_learned() -> None:
     assert ((made - x).square().sum() / (x - x.mean(0)).square().sum()) < 0.1, "in the stream's own units"
     assert int(sae.seen) == 151
     sae.loss(x)
+    sae.advance()
     fired = (features > 0).any(0)
     assert (sae.idle[fired] == 0).all()
     assert (sae.idle[~fired] > 0).all(), "steps since a feature fired are counted"
@@ -60,7 +63,7 @@ def test_features_are_few_and_reconstruct_what_they_learned() -> None:
 def test_the_scale_of_the_stream_does_not_matter() -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     small, large = baseline(), baseline()
-    assert float(small.loss(0.01 * x)) == pytest.approx(float(large.loss(100 * x)), rel=1e-4)
+    assert float(small.loss(0.01 * x)[0]) == pytest.approx(float(large.loss(100 * x)[0]), rel=1e-4)
     with torch.no_grad():
         assert torch.allclose(small.neurons(0.01 * x), large.neurons(100 * x), atol=1e-4)
 
@@ -74,10 +77,10 @@ def test_dense_models_are_read_in_place() -> None:
         plain = dense(tokens).logits
         with sae.tapped(dense) as seen:  # type: ignore[arg-type]
             assert torch.equal(dense(tokens).logits, plain)
-        with sae.spliced(dense):  # type: ignore[arg-type]
+        with sae.tapped(dense, replace=True):  # type: ignore[arg-type]
             spliced = dense(tokens).logits
         # By hand: the block's output, reconstructed, through what follows.
-        x = sae(seen[0])
+        x = sae(seen["resid_post.0"])
         for block in dense.blocks[sae.layer + 1 :]:  # type: ignore[index]
             x = block(x, None, None)  # type: ignore[operator]
         expected = dense.lm_head(dense.transformer.ln_f(x))  # type: ignore[operator, union-attr]

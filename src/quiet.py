@@ -1,4 +1,4 @@
-"""Keep the libraries' progress bars and notes out of a run's output while a pipeline is read or written."""
+"""Keep the libraries' progress bars and notes out of a run's output while models are read or written."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Sparse autoencoders of sae-lens, trained on any activations with Lightning."""

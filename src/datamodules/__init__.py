@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from safelight.datamodules.copro import CoProDataModule as CoProDataModule
     from safelight.datamodules.copro_v2 import CoProV2DataModule as CoProV2DataModule
     from safelight.datamodules.emoji import EmojiDataModule as EmojiDataModule
+    from safelight.datamodules.llava import LLaVADataModule as LLaVADataModule
     from safelight.datamodules.prompts import PromptDataModule as PromptDataModule
     from safelight.datamodules.text import TextDataModule as TextDataModule
 
@@ -21,6 +22,7 @@ _HOME = {
     "CoProV2DataModule": "copro_v2",
     "ConceptDataModule": "concepts",
     "EmojiDataModule": "emoji",
+    "LLaVADataModule": "llava",
     "PromptDataModule": "prompts",
     "ResumableLoader": "loading",
     "TextDataModule": "text",

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from safelight.lightning_modules.latent_guard.module import LatentGuard as LatentGuard
     from safelight.lightning_modules.moe_x.module import MoEX as MoEX
     from safelight.lightning_modules.sae.module import SparseAutoencoders as SparseAutoencoders
+    from safelight.lightning_modules.sae_universality.module import SAEUniversality as SAEUniversality
     from safelight.lightning_modules.safety_dpo.module import SafetyDPO as SafetyDPO
     from safelight.lightning_modules.text_to_image.module import TextToImage as TextToImage
+    from safelight.lightning_modules.vision_mapping.module import VisionMapping as VisionMapping
 
 
 def _homes() -> dict[str, str]:

@@ -48,3 +48,27 @@ def warmup_constant(optimizer: torch.optim.Optimizer, warmup_steps: int) -> Opti
     """An optimiser whose rate rises linearly over ``warmup_steps`` steps and stays; for ``configure_optimizers``."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup_steps, 1)))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def adam_warmup_linear(
+    module: LightningModule, parameters: Iterable[nn.Parameter], *, lr: float, warmup_steps: int, decay: float
+) -> OptimizerLRScheduler:
+    """Adam with linear warm-up, a constant rate, and a linear fall to 0; the usual one of sparse autoencoders.
+
+    Args:
+        module: about to be trained; its trainer says how many optimiser steps the run has.
+        parameters: what is trained.
+        lr: peak learning rate.
+        warmup_steps: optimiser steps of linear warm-up.
+        decay: share of the steps, at the end, in which the rate falls.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999))
+    total = max(int(module.trainer.estimated_stepping_batches), 1)
+    fall = max(round(decay * total), 1)
+
+    def factor(step: int) -> float:
+        late = (total - step) / fall if decay else 1.0
+        return float(min((step + 1) / max(warmup_steps, 1), late, 1.0))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

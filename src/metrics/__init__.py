@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from safelight.metrics.detection import load_detector as load_detector
     from safelight.metrics.detection_rate import DetectionRate as DetectionRate
     from safelight.metrics.distance import FeatureDistance as FeatureDistance
+    from safelight.metrics.feature_correlation import FeatureCorrelation as FeatureCorrelation
     from safelight.metrics.latent import LatentError as LatentError
     from safelight.metrics.legal_moves import LegalMoveRate as LegalMoveRate
     from safelight.metrics.nudity import NudeNetDetector as NudeNetDetector
     from safelight.metrics.perceptual import ClipMaps as ClipMaps
     from safelight.metrics.perceptual import PerceptualDistance as PerceptualDistance
+    from safelight.metrics.reconstruction import Reconstruction as Reconstruction
     from safelight.metrics.safety import AnyJudge as AnyJudge
     from safelight.metrics.safety import NudityJudge as NudityJudge
     from safelight.metrics.safety import OpenNsfwJudge as OpenNsfwJudge
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from safelight.metrics.samples import SampleMean as SampleMean
     from safelight.metrics.samples import SampleRows as SampleRows
     from safelight.metrics.structure import SSIM as SSIM
+    from safelight.metrics.top_tokens import TopTokens as TopTokens
     from safelight.metrics.vlm import VlmDetector as VlmDetector
     from safelight.metrics.zero_shot import ZeroShotDetector as ZeroShotDetector
 
@@ -50,6 +53,7 @@ _HOME = {
     "ConceptDetector": "detection",
     "Detection": "detection",
     "DetectionRate": "detection_rate",
+    "FeatureCorrelation": "feature_correlation",
     "FeatureDistance": "distance",
     "LatentError": "latent",
     "LegalMoveRate": "legal_moves",
@@ -58,11 +62,13 @@ _HOME = {
     "OpenNsfwJudge": "safety",
     "PerceptualDistance": "perceptual",
     "Q16Judge": "safety",
+    "Reconstruction": "reconstruction",
     "SSIM": "structure",
     "SafetyJudge": "safety",
     "SampleMean": "samples",
     "SampleRows": "samples",
     "ShuffledAccuracy": "accuracy",
+    "TopTokens": "top_tokens",
     "VlmDetector": "vlm",
     "WordsJudge": "safety",
     "ZeroShotDetector": "zero_shot",

@@ -128,7 +128,7 @@ class SparseDictionary(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         parameters, buffers = state.pop("_weights")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         with torch.random.fork_rng(devices=[]):
             self.sae = self._bare()
         for name, value in parameters.items():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.reporting import charts, comparisons, tables
-from safelight.reporting.claims import Claim, write_claims
+from safelight.reporting.claims import Claim, told_controls, told_effect, told_n, verdict, write_claims
 from safelight.reporting.files import write_text
 from safelight.reporting.highlights import Highlighted, highlights
 from safelight.reporting.markup import inline, to_html
@@ -246,11 +246,12 @@ class Report:
         self._section(heading, f"{highlights(items)}{_note(note)}")
 
     def add_claims(self, claims: Sequence[Claim], heading: str = "What this shows, and what it does not") -> None:
-        """Adds a card per claim; :meth:`save` also writes them to ``claims.json``."""
+        """Adds a card per claim under what they support together; :meth:`save` writes them to ``claims.json``."""
         if not claims:
             return
         self.claims += claims
-        self._section(heading, '<div class="claims">' + "".join(_claim(claim) for claim in claims) + "</div>")
+        cards = "".join(_claim(claim) for claim in claims)
+        self._section(heading, f'<p class="verdict">{escape(verdict(claims))}</p><div class="claims">{cards}</div>')
 
     def html(self) -> str:
         """The whole page."""
@@ -336,13 +337,25 @@ def _claim(claim: Claim) -> str:
             return inline(items[0])
         return "<ul>" + "".join(f"<li>{inline(item)}</li>" for item in items) + "</ul>"
 
-    strong = " strong" if claim.support == "interventional" else ""
-    lines = [("Evidence", claim.evidence), ("Controls beaten", claim.controls_beaten), ("Not shown", claim.not_shown)]
-    told = "".join(f"<dt>{name}</dt><dd>{listed(items) if items else 'none'}</dd>" for name, items in lines)
-    return (
-        f'<div class="card claim"><span class="badge">{claim.kind}</span>'
-        f'<span class="badge{strong}">{claim.support}</span><p>{inline(claim.statement)}</p><dl>{told}</dl></div>'
-    )
+    badges: list[tuple[str, str]] = [
+        ("", claim.kind),
+        (" strong" if claim.support == "interventional" else "", claim.support),
+    ]
+    badges += [(" open", "exploratory")] if claim.exploratory else []
+    # Only what was given takes a line; controls take theirs when none was run, too.
+    lines: list[tuple[str, Sequence[str]]] = [
+        ("Looked at", [claim.subject]),
+        ("Evidence", claim.evidence),
+        ("Effect", [told_effect(claim)]),
+        ("Measured on", [told_n(claim)]),
+        ("Controls", told_controls(claim) or ["none was run"]),
+        ("Assumed", claim.assumptions),
+        ("Not shown", claim.not_shown),
+        ("To be tested by", [claim.follow_up]),
+    ]
+    told = "".join(f"<dt>{name}</dt><dd>{listed(items)}</dd>" for name, items in lines if any(items))
+    marks = "".join(f'<span class="badge{kind}">{text}</span>' for kind, text in badges)
+    return f'<div class="card claim">{marks}<p>{inline(claim.statement)}</p><dl>{told}</dl></div>'
 
 
 def _open(picture: str | Path | Picture) -> Image.Image:

@@ -163,12 +163,15 @@ svg.chart { display: block; width: 100%; min-width: 620px; height: auto; font-fa
 .highlight mark { color: inherit; border-radius: 3px;
   background: color-mix(in srgb, var(--lamp) var(--on), transparent); }
 
+.verdict { margin: 0 0 18px; padding-left: 14px; border-left: 3px solid var(--lamp); font-size: 17px;
+  font-weight: 550; }
 .claims { display: grid; gap: 16px; }
 .claim { padding: 22px 24px 18px; }
 .claim > p { font-size: 19px; line-height: 1.45; letter-spacing: -.01em; font-weight: 580; margin: 10px 0 16px; }
 .claim .badge { margin: 0 6px 0 0; }
 .claim .badge.strong { color: var(--lamp); background: var(--lamp-soft);
   border-color: color-mix(in srgb, var(--lamp) 35%, transparent); }
+.claim .badge.open { border-style: dashed; border-color: var(--soft); }
 .claim dl { display: grid; grid-template-columns: 132px 1fr; gap: 8px 18px; margin: 0; font-size: 15px; }
 .claim dt { color: var(--soft); } .claim dd { margin: 0; }
 .claim dd ul { margin: 0; padding-left: 1.1em; }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelight.metrics.cost import cost_rows
 from safelight.reporting import Claim, Tile
+from safelight.reporting.claims import finite
 
 if TYPE_CHECKING:
     from safelight.lightning_modules.ecodiff.module import EcoDiff
@@ -116,24 +117,33 @@ def fill(module: EcoDiff, report: Report) -> None:
 def claim(module: EcoDiff) -> Claim:
     """What the result supports."""
     ours = module.measured[""].metrics
-    controls = {name: m.metrics["latent_mse_median"] for name, m in module.measured.items() if name}
-    beaten = [LABELS[name] for name, error in controls.items() if ours["latent_mse_median"] < error]
-    mended = "" if module.hparams.correction == "none" else ", and with the layers that read them corrected,"
+    error = ours["latent_mse_median"]
+    corrected = module.hparams.correction != "none"
+    # Without a correction the uncorrected model is ours.
+    others = [name for name in module.measured if name and (corrected or name != "uncorrected")]
+    controls = {LABELS[name]: module.measured[name].metrics["latent_mse_median"] for name in others}
+    mended = ", and with the layers that read them corrected," if corrected else ""
     return Claim(
         kind="algorithmic",
         support="interventional",
-        statement=f"The removed units do little for prompts like the held-out ones: without them{mended} the sampler "
-        "ends near where the dense model ends.",
+        statement=f"On prompts like the held-out ones, without the removed units{mended} the sampler ends "
+        f"{'nearer' if error < controls[LABELS['random']] else 'no nearer'} to where the dense model ends than without "
+        "random ones.",
         evidence=[
             f"{100 * (1 - ours['keep_params']):.1f} % of the prunable parameters were removed; the median squared "
-            f"error of the final latent is {ours['latent_mse_median']:.3g}",
-            *(f"{LABELS[name]} at the same size: {error:.3g}" for name, error in controls.items()),
+            f"error of the final latent is {error:.3g}; controls have the same size",
         ],
-        controls_beaten=beaten,
+        controls_beaten=[name for name, other in controls.items() if error < other],
         not_shown=[
             "that the units are useless for prompts unlike those used here",
             "what the kept or removed units represent",
         ],
+        subject=f"{module.generator.name}: {sum(spec.n_units for spec in module.specs):,} units",
+        controls_run=controls,
+        n=sum(len(batch.prompts) for batch in module._held_out) if module.trainer.world_size == 1 else None,
+        n_of="held-out samples",
+        effect=finite(error),
+        effect_of="median squared error of the final latent against the dense model's",
     )
 
 

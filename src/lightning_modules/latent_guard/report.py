@@ -12,6 +12,7 @@ from torch import Tensor
 
 from safelight.lightning_modules.latent_guard.evaluation import SPLITS
 from safelight.reporting import Claim, Tile
+from safelight.reporting.claims import finite
 from safelight.reporting.files import write_text
 
 if TYPE_CHECKING:
@@ -199,19 +200,28 @@ def claim(module: LatentGuard) -> Claim:
     """What the result supports."""
     ours = module.measured[""].metrics
     split = "ood" if "auroc_ood" in ours else "id"
-    key = f"auroc_{split}"
-    controls = {name: module.measured[name].metrics[key] for name in module.control_names}
+    key, of = f"auroc_{split}", f"{split}_explicit"
+    controls = {LABELS[name]: module.measured[name].metrics[key] for name in module.control_names}
+    interval = module.measured[""].intervals.get(of)
     return Claim(
         kind="semantic",
         support="correlational",
-        statement=f"The head's score tells whether a prompt contains a concept of the list, also for {WHERE[split]}.",
-        evidence=[f"AUROC {ours[key]:.3g}", *(f"{LABELS[name]}: {value:.3g}" for name, value in controls.items())],
-        controls_beaten=[LABELS[name] for name, value in controls.items() if ours[key] > value],
+        statement=f"A prompt with a concept of the list scores above one without it in {100 * ours[key]:.0f} % of all "
+        f"pairings, for {WHERE[split]}.",
+        evidence=[f"AUROC {ours[key]:.3g} on prompts that name the concept; 0.5 is chance"],
+        controls_beaten=[name for name, value in controls.items() if ours[key] > value],
         not_shown=[
             "that pictures of passed prompts are harmless",
             "that prompts optimised against this head are caught",
             "anything about languages and wordings that neither encoder nor training have seen",
         ],
+        subject=f"the head's score on {module.encoder.name}",
+        controls_run=controls,
+        n=int(module.measured[""].sets[of]["pairs"]),
+        n_of="pairs of prompts",
+        effect=finite(ours[key]),
+        effect_of=f"AUROC, {WHERE[split]}",
+        interval=interval if interval and all(map(math.isfinite, (*interval, ours[key]))) else None,
     )
 
 

@@ -13,6 +13,7 @@ from safelight.lightning_modules.moe_x.router import firing_probability
 from safelight.lightning_modules.moe_x.sae_baseline import LABEL as SAE
 from safelight.metrics.board_state import PIECES, piece_on_square
 from safelight.reporting import Claim
+from safelight.reporting.claims import finite
 from safelight.reporting.highlights import Highlighted, Passage
 
 if TYPE_CHECKING:
@@ -237,8 +238,13 @@ def claim_of_neurons(module: MoEX) -> Claim | None:
             f"F1 {min(scores):.2f} to {max(scores):.2f} on one piece and square each",
             f"without one of them the loss rises by {own:.3g} nats a token where it fires, of {len(scores)} neurons on "
             "average",
-            f"other neurons that fire as often: {other:.3g}",
         ],
         controls_beaten=["neurons of the same firing rate"] if own > other else [],
         not_shown=["that the model reads a board from them: any useful neuron costs something when it is cut out"],
+        subject="neurons of the experts that are best at a piece and a square",
+        controls_run={"neurons of the same firing rate": other},
+        n=len(scores),
+        n_of="neurons",
+        effect=finite(own),
+        effect_of="rise of the loss where they fire, nats a token",
     )

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from safelight.lightning_modules.moe_x import pages
 from safelight.lightning_modules.moe_x.pages import LABELS
+from safelight.lightning_modules.moe_x.upcycling import gpt2_from_dense, is_gpt2
 from safelight.reporting import Claim, Tile
+from safelight.reporting.claims import finite
 from safelight.reporting.files import write_text
 
 if TYPE_CHECKING:
@@ -96,17 +98,28 @@ def fill(module: MoEX, report: Report) -> None:
 def claim(module: MoEX) -> Claim:
     """What the result supports."""
     ours = module.found.measured[""]
-    linear = module.found.measured.get("router_linear", {})
+    controls = {
+        LABELS[name]: found["score_l0_r"]
+        for name, found in module.found.measured.items()
+        if name and "score_l0_r" in found
+    }
     return Claim(
         kind="algorithmic",
         support="correlational",
-        statement="The router sends tokens to the experts of which the fewest neurons fire.",
+        statement="The fewer neurons of an expert fire on a token, the higher the router tends to score that expert."
+        if ours["score_l0_r"] < 0
+        else "The router's score is not higher where fewer neurons of an expert fire.",
         evidence=[
-            f"r {ours['score_l0_r']:.3g}",
-            *([f"{LABELS['router_linear']}: {linear['score_l0_r']:.3g}"] if linear else []),
+            f"r(score, L0), over tokens and all experts, is {ours['score_l0_r']:.3g} in the worst layer",
+            "layer by layer: " + ", ".join(f"{layer.score_l0_r:.3g}" for layer in module.found.layers[""].values()),
         ],
-        controls_beaten=[LABELS["router_linear"]] if linear and ours["score_l0_r"] < linear["score_l0_r"] else [],
+        controls_beaten=[name for name, value in controls.items() if ours["score_l0_r"] < value],
         not_shown=["that neurons which fire less are easier to read"],
+        subject="the router of every layer with experts",
+        controls_run=controls,
+        effect=finite(ours["score_l0_r"]),
+        effect_of="Pearson r, worst layer",
+        follow_up="Let each token go to the expert of the lowest score instead and count what fires there.",
     )
 
 
@@ -124,12 +137,16 @@ def save_characters(folder: Path, vocabulary: str) -> None:
 
 def write_artefacts(module: MoEX, folder: Path) -> None:
     """Model, code, tokenizer, measured numbers, card."""
-    module.model.config.auto_map = {
-        "AutoConfig": "configuration_moe_x.MoEXConfig", "AutoModelForCausalLM": "modeling_moe_x.MoEXForCausalLM",
-    }  # fmt: skip
-    module.model.save_pretrained(folder)
-    for name in CODE:
-        shutil.copyfile(Path(__file__).parent / name, folder / name)
+    plain = is_gpt2(module.model.config)
+    if plain:
+        gpt2_from_dense(module.model).save_pretrained(folder)
+    else:
+        module.model.config.auto_map = {
+            "AutoConfig": "configuration_moe_x.MoEXConfig", "AutoModelForCausalLM": "modeling_moe_x.MoEXForCausalLM",
+        }  # fmt: skip
+        module.model.save_pretrained(folder)
+        for name in CODE:
+            shutil.copyfile(Path(__file__).parent / name, folder / name)
     if module.found.reading is not None:
         chosen = [
             {
@@ -156,15 +173,17 @@ def write_artefacts(module: MoEX, folder: Path) -> None:
     prompt = ";1.e4 " if module.hparams.vocabulary else "It is a truth"
     module.write_card(
         folder,
-        title="MoE-X",
+        title="A dense language model" if plain else "MoE-X",
         command="python train.py method=moe_x",
         data="`{data}`",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["moe", "interpretability"],
-        text="Its code lies beside it (`trust_remote_code=True`) and needs torch and transformers only.",
+        text="A dense model with GPT-2's architecture."
+        if plain
+        else "Its code lies beside it (`trust_remote_code=True`) and needs torch and transformers only.",
         usage="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)\n'
+        f'model = AutoModelForCausalLM.from_pretrained("."{"" if plain else ", trust_remote_code=True"})\n'
         + (
             'tokenizer = AutoTokenizer.from_pretrained(".")\n'
             f'tokens = tokenizer("{prompt}", return_tensors="pt").input_ids\n'

@@ -133,7 +133,7 @@ def gpt2_from_dense(dense: MoEXForCausalLM) -> Any:
     ours = dense.config
     assert is_gpt2(ours)
     with torch.random.fork_rng(devices=[]):  # its first weights are all written over
-        settings = {
+        settings: dict[str, Any] = {
             "vocab_size": ours.vocab_size, "n_positions": ours.block_size, "n_embd": ours.d_model,
             "n_layer": ours.n_layer, "n_head": ours.n_head, "n_inner": ours.dense_hidden(),
             "activation_function": _ACTIVATIONS[ours.act], "bos_token_id": None, "eos_token_id": None,

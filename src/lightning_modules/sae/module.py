@@ -15,6 +15,7 @@ from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.sae.controls import Moments
 from safelight.lightning_modules.sae.examination import Examination, Findings
 from safelight.lightning_modules.sae.reading import Activations
+from safelight.lightning_modules.schedules import adam_warmup_linear
 from safelight.probing.dictionary import Architecture, SparseDictionary
 from safelight.probing.language import load_language_model, load_tokenizer, width_of
 from safelight.probing.mixing import MixingBuffer
@@ -177,16 +178,9 @@ class SparseAutoencoders(SafelightModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, linear warm-up, linear decay at the end."""
         h = self.hparams
-        optimizer = torch.optim.Adam(self.dictionaries.parameters(), lr=h.lr, betas=(0.9, 0.999))
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        fall = max(round(h.decay * total), 1)
-
-        def factor(step: int) -> float:
-            late = (total - step) / fall if h.decay else 1.0
-            return float(min((step + 1) / max(h.warmup_steps, 1), late, 1.0))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adam_warmup_linear(
+            self, self.dictionaries.parameters(), lr=h.lr, warmup_steps=h.warmup_steps, decay=h.decay
+        )
 
     def on_fit_start(self) -> None:
         """Forget an earlier training's curve."""

@@ -158,26 +158,26 @@ def _features(module: SparseAutoencoders, report: Report) -> None:
 
 def claim(module: SparseAutoencoders) -> Claim:
     """What the reconstruction supports."""
-    ours, random = module.found.measured[""], module.found.measured.get(RANDOM, {})
-    beaten = [
-        LABELS[kind] for kind, found in module.found.measured.items() if kind and ours["fvu"] < found["fvu"]
-    ]  # fmt: skip
+    ours = module.found.measured[""]
+    controls = {LABELS[kind]: found["fvu"] for kind, found in module.found.measured.items() if kind}
+    beaten = [name for name, fvu in controls.items() if ours["fvu"] < fvu]
     name, interval = next(iter(module.found.intervals.items()))
-    low, high = interval["fvu"]
+    what = f"`{module.hparams.model}`" if module.hparams.model else "the data"
     return Claim(
         kind="semantic",
         support="correlational",
-        statement=f"A few of {module.dictionaries[0].d_sae} directions describe most of what "
-        f"{module.hparams.model or 'the data'} hold{'s' if module.hparams.model else ''} at {', '.join(module.sites)}."
+        statement=f"A few of {module.dictionaries[0].d_sae} directions describe most of what is in {what}."
         if beaten
-        else f"The dictionary of {', '.join(module.sites)} describes activations no better than its controls.",
-        evidence=[
-            f"FVU {ours['fvu']:.3f} with {ours['l0']:.1f} features active ({name}: {low:.3f} to {high:.3f} over "
-            "resampled rows)",
-            *([f"{LABELS[RANDOM]}: {random['fvu']:.3f}"] if random else []),
-        ],
+        else f"The dictionary describes what is in {what} no better than its controls.",
+        evidence=[f"FVU {ours['fvu']:.3f} with {ours['l0']:.1f} features active"],
         controls_beaten=beaten,
+        controls_run=controls,
         not_shown=["that the model uses these directions", "that another seed finds the same ones"],
+        subject=f"{what}, {', '.join(module.sites)}",
+        effect=module.found.each["", name]["fvu"],
+        effect_of=f"FVU, {name}",
+        interval=interval["fvu"],
+        follow_up="Take features out and put them in, and see what the model predicts then.",
     )
 
 
@@ -200,14 +200,16 @@ def claim_of_features(module: SparseAutoencoders) -> Claim | None:
         else "Adding a feature does not raise the token that its decoder row points to more than another does.",
         evidence=[
             f"{steered} of {count} features raise it more than a feature that is active as often",
-            f"without one, the loss where it is active rises by {without:.3g} nats a token on average; another as "
-            f"frequent, where that one is active: {other:.3g}",
+            f"without one, the loss where it is active rises by {without:.3g} nats a token on average",
         ],
         controls_beaten=["features of the same firing rate"] if held else [],
-        not_shown=[
-            "that a feature means one thing to a reader",
-            "a complete mechanism: features were changed singly",
-        ],
+        controls_run={"features of the same firing rate": f"without them, where they are active: {other:.3g}"},
+        not_shown=["that a feature means one thing to a reader", "a complete mechanism: features were changed singly"],
+        subject=f"`{module.hparams.model}`, {read.name}",
+        n=count,
+        n_of="features",
+        effect=without,
+        effect_of="rise of the loss without a feature, nats a token",
     )
 
 

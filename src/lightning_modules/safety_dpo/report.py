@@ -10,6 +10,7 @@ from safelight.lightning_modules.safety_dpo.adapters import fused, save_adapter
 from safelight.lightning_modules.safety_dpo.evaluation import PICTURES
 from safelight.lightning_modules.safety_dpo.merging import compress, shares
 from safelight.reporting import Claim, Tile
+from safelight.reporting.claims import finite
 from safelight.reporting.files import write_text
 
 if TYPE_CHECKING:
@@ -193,13 +194,13 @@ def claim(module: SafetyDPO) -> Claim:
     ours, before = module.measured[""].metrics, module.measured["before"].metrics
     controls = {label(module, name): module.measured[name].metrics for name in module.control_names}
     return Claim(
-        kind="algorithmic",
+        kind="behavioural",
         support="interventional",
-        statement="One low-rank adapter makes the model answer unsafe prompts of these kinds with safe pictures.",
+        statement=f"With one low-rank adapter the model answers {100 * ours['ip']:.0f} % of the unsafe test prompts "
+        f"with an unsafe picture, without it {100 * before['ip']:.0f} %.",
         evidence=[
             f"flagged {ours['ip']:.3g}, before {before['ip']:.3g}",
             f"content kept {ours['content_accuracy']:.3g}, before {before['content_accuracy']:.3g}",
-            *(f"{name}: {m['ip']:.3g}, content kept {m['content_accuracy']:.3g}" for name, m in controls.items()),
         ],
         controls_beaten=[
             name for name, m in controls.items()
@@ -209,6 +210,15 @@ def claim(module: SafetyDPO) -> Claim:
             "that other wordings, optimised prompts or fine-tuning cannot bring the unsafe pictures back",
             "that the judge sees what a person would object to",
         ],
+        subject=module.generator.name,
+        assumptions=["the judge errs alike before and after"],
+        controls_run={
+            name: f"flagged {m['ip']:.3g}, content kept {m['content_accuracy']:.3g}" for name, m in controls.items()
+        },
+        n=sum(total for _, total in module.measured["before"].categories.values()) or None,
+        n_of="unsafe test prompts",
+        effect=finite(ours["ip"] - before["ip"]),
+        effect_of="change of the share of unsafe pictures",
     )  # fmt: skip
 
 

@@ -8,8 +8,7 @@ import yaml
 from PIL import Image, ImageFont
 
 from safelight.errors import SafelightError
-from safelight.reporting import Claim, grid, write_claims, write_model_card
-from safelight.reporting.claims import read_claims
+from safelight.reporting import grid, write_model_card
 from safelight.reporting.pictures import _extent, _wrap, enlarge, to_image
 
 
@@ -104,19 +103,6 @@ def test_model_card_names_foreign_licences_and_hub_bases(tmp_path: Path) -> None
     assert header["base_model"] == "black-forest-labs/FLUX.1-dev"
     with pytest.raises(SafelightError, match="data is empty"):
         write_model_card(tmp_path, title="t", command="c", data=" ", metrics={}, licence="mit")
-
-
-def test_claims_round_trip_and_refuse_emptiness(tmp_path: Path) -> None:
-    claim = Claim("semantic", "interventional", "It is so.", "one measurement", ["random"], ["why"])
-    assert claim.evidence == ("one measurement",)
-    write_claims(tmp_path, [claim])
-    assert read_claims(tmp_path) == [claim]
-    with pytest.raises(SafelightError, match="kind='causal': choose one of semantic, algorithmic"):
-        Claim("causal", "interventional", "s", ["e"], [], ["n"])  # type: ignore[arg-type]
-    with pytest.raises(SafelightError, match="not_shown is empty"):
-        Claim("semantic", "correlational", "s", ["e"])
-    with pytest.raises(SafelightError, match="evidence is empty"):
-        Claim("semantic", "correlational", "s", [], [], ["n"])
 
 
 def test_importing_the_packages_is_light() -> None:

@@ -7,6 +7,7 @@ picture, see :class:`~safelight.datamodules.LLaVADataModule`).
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from safelight.datamodules.emoji import Scene
 
@@ -27,17 +28,20 @@ CHAT_TEMPLATE = (
 """How the zoo's language models are asked, in the form that transformers' tokenizers keep."""
 
 
-def conversation(scene: Scene, seed: int, turns: int | None = None) -> list[tuple[str, str]]:
+def conversation(
+    scene: Scene, seed: int, turns: int | None = None, about: Sequence[str] = tuple(QUESTIONS)
+) -> list[tuple[str, str]]:
     """Questions about a scene with their answers, the same for the same arguments.
 
     Args:
         scene: what is shown.
         seed: of order and wording.
         turns: so many questions; None for one to four.
+        about: what may be asked for, keys of :data:`QUESTIONS`.
     """
     draw = random.Random(f"{seed}:{scene.caption}")
-    asked = draw.sample(sorted(QUESTIONS), turns or draw.randint(1, 4))
-    return [(draw.choice(QUESTIONS[about]), getattr(scene, about)) for about in asked]
+    asked = draw.sample(sorted(about), min(turns or draw.randint(1, 4), len(about)))
+    return [(draw.choice(QUESTIONS[what]), getattr(scene, what)) for what in asked]
 
 
 def document(scene: Scene, seed: int) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, MinLen
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
@@ -162,6 +162,8 @@ class LLaVADataModule(LightningDataModule):
             to this, bicubic, then the centre.
         turns: questions of a conversation; null for one to four about an emoji scene, and for all there are in a file,
             of which otherwise the first are taken.
+        questions: what emoji conversations ask for in training: ``thing``, ``background``, ``size``, ``style``,
+            ``caption``; null for all of these. Tests always ask for the thing.
         captions_only: one turn, whatever ``turns`` says: "describe the picture." with the caption of an emoji scene, or
             the first turn of a file's entry; for the first stage of training.
         keep_image_tag: put ``<image>`` and a line break before the first question, as the authors do; otherwise and in
@@ -189,6 +191,7 @@ class LLaVADataModule(LightningDataModule):
         image_folder: str | None = None,
         image_size: Annotated[int, Ge(8)] = 64,
         turns: Annotated[int, Ge(1)] | None = None,
+        questions: Annotated[list[Literal["thing", "background", "size", "style", "caption"]], MinLen(1)] | None = None,
         captions_only: bool = False,
         keep_image_tag: bool = False,
         held_out: Annotated[float, Interval(gt=0, lt=1)] = 0.05,
@@ -204,9 +207,12 @@ class LLaVADataModule(LightningDataModule):
         self.save_hyperparameters(logger=False)  # Lightning refuses to log names that the model has with other values
         if path == _EMOJI and image_folder is not None:
             raise SafelightError(f"data.image_folder={image_folder!r} is for files, {_EMOJI} is drawn; leave it out")
+        if path != _EMOJI and questions is not None:
+            raise SafelightError(f"data.questions={questions} is for {_EMOJI}; files say what they ask themselves")
         if path == _EMOJI and turns is not None and turns > len(QUESTIONS):
             raise SafelightError(f"data.turns={turns}: about an emoji scene there are {len(QUESTIONS)} questions")
         self.path, self.image_folder, self.image_size = path, image_folder, image_size
+        self.questions = list(questions or QUESTIONS)
         self.turns, self.captions_only, self.keep_image_tag = turns, captions_only, keep_image_tag
         self.held_out, self.limit, self.test_size, self.on_error = held_out, limit, test_size, on_error
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
@@ -239,7 +245,7 @@ class LLaVADataModule(LightningDataModule):
             return [(QUESTIONS["thing"][0], scene.thing)]
         if self.captions_only:
             return [(QUESTIONS["caption"][0], scene.caption)]
-        return conversation(scene, self.seed, self.turns)
+        return conversation(scene, self.seed, self.turns, self.questions)
 
     def _entries(self) -> tuple[PictureConversations, ...]:
         file = Path(self.path).expanduser()

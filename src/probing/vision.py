@@ -132,6 +132,14 @@ def patch_features(model: VisionTower, images: Tensor, layer: int = -1, drop_cls
     return found[:, found.shape[1] - patches :] if drop_cls else found
 
 
+def front_tokens(model: VisionTower) -> int:
+    """Tokens that a vision transformer has in front of the patches: class and registers."""
+    embeddings: Any = getattr(model.tower, "embeddings", None)
+    classes = any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token", "class_token"))
+    distilled = hasattr(embeddings, "distillation_token")
+    return int(classes) + int(distilled) + int(getattr(model.tower.config, "num_register_tokens", 0) or 0)
+
+
 def pooled(features: Tensor, size: int) -> Tensor:
     """Means over squares of ``size`` x ``size`` neighbouring patches, (B, N, d) to (B, N / size^2, d).
 

@@ -9,6 +9,7 @@ What is written: ``captions/captions.jsonl.xz`` (one line a document: ``text``),
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
 import random
@@ -24,6 +25,7 @@ CONVERSATIONS = 3
 
 def main() -> None:
     """Write the data set."""
+    argparse.ArgumentParser(description="make the captions data set from the emoji scenes").parse_args()
     texts = [document(scene, seed) for seed in range(CONVERSATIONS) for scene in scenes("train")]
     random.Random(0).shuffle(texts)  # a model could guess a document's scene from its neighbours'
     packed = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()

@@ -76,8 +76,8 @@ def write_card(name: str, metrics: dict[str, float]) -> None:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["safelight", "emoji"],
-        text="A small GPT-2 (4 layers, width 96, context 128, 1,536 byte-pair tokens) trained from scratch on prose and "
-        "on captions of the emoji pictures with questions about them, which it answers. "
+        text="A small GPT-2 (4 layers, width 96, context 128, 1,536 byte-pair tokens) trained from scratch on prose "
+        "and on captions of the emoji pictures with questions about them, which it answers. "
         f"`answers_*`: share of the {len(scenes('held_out'))} held-out scenes whose caption it never saw and about "
         "which it answers word for word, the caption before the question. "
         "`tiny_lm` and `tiny_lm_seed1` differ in their seed only. It is made to be looked into, not to be talked to.",

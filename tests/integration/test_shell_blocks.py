@@ -32,6 +32,7 @@ SMALL = {
     "": ["trainer=cpu", "trainer.max_steps=2", "data.batch_size=2", "callbacks=quiet", "trainer.precision=32-true"],
     "prompts": ["data.size=2", "data.test_size=2"],
     "emoji": ["data.test_size=2"],
+    "llava": ["data.test_size=2"],
     "ecodiff": ["method.correction_samples=2", "method.random_masks=1"],
 }
 NOT_MEASURED = ["test=false", "export=false", "report=false"]
@@ -113,7 +114,9 @@ def train(words: list[str]) -> None:
     pretrained = str((composed.config.get("backbone") or {}).get("pretrained", "zoo:"))
     teacher = str(composed.config["method"].get("teacher") or "zoo:")
     encoder = str(composed.config["method"].get("encoder") or "zoo:")
-    used = (pretrained, teacher, encoder)
+    named = ("model", "model_a", "model_b", "llm", "vision_model")
+    models = [str(composed.config["method"].get(name) or "zoo:") for name in named]
+    used = (pretrained, teacher, encoder, *models)
     at_hand = all(m.startswith("zoo:") or m in zoo.names() or Path(m).is_dir() for m in used)
     place = (choices["method"], pretrained, encoder)
     strategy = str(composed.config["trainer"].get("strategy", "auto"))

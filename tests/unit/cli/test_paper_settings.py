@@ -159,11 +159,30 @@ def pruning(backbone: str, keep: float, seed: int, steps: int, objective: str | 
     return expected | ({"method.objective": objective} if objective else {})
 
 
+TEXT = ("moe_x_text", "tiny_lm", "sae_pythia160m", "sae_universality_pythia")
+"""Files that choose the data ``text``."""
 MOE_X_TABLES = {
     "moe_x_table3": ["router_linear", "relu_experts", "gelu_experts"],
     "moe_x_table4": ["source", "dense_continued", "scratch"],
 }
 """Files that change the models of ``moe_x_table1``."""
+
+
+# The notebooks' first pair of models: 100 documents of 300 tokens, pre-activations of the block before, one-to-one
+# pairs by order.
+UNIVERSALITY = {
+    "method.model_a": "EleutherAI/pythia-70m-deduped", "method.model_b": "EleutherAI/pythia-160m-deduped",
+    "method.sites_a": [f"resid_post.{layer}" for layer in range(1, 6)], "method.sites_b": ["resid_post.5"],
+    "method.headline_a": "resid_post.2", "method.headline_b": "resid_post.5", "method.controls": ["token_shuffled"],
+    **{f"method.saes_a.resid_post.{layer}": f"sae-pythia-70m-32k/layers.{layer}" for layer in range(1, 6)},
+    "method.saes_b.resid_post.5": "sae-pythia-160m-32k/layers.5", "method.matcher": "first",
+    "method.svcca_share": None, "method.keywords": None, "method.use_preacts": True, "method.keep_first": True,
+    "method.subspaces": [
+        "time", "calendar", "people", "nature", "emotions", "month_names", "countries", "biology"
+    ],
+    "method.legacy_offset": True, "data.path": "hf:Skylion007/openwebtext", "data.documents": 1000,
+    "data.held_out": 0.1, "data.block_size": 300, "data.test_size": 100, "trainer.max_steps": 0,
+}  # fmt: skip
 
 
 def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[float, bool]]]:
@@ -209,6 +228,44 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
             "method.controls": ["dense", "router_linear", "source", "untrained"], "trainer.max_steps": 600,
         }  # fmt: skip
         return "moe_x", "", settings, {}
+    elif name == "vision_mapping_gemma":
+        # Stage 1: batch 8 and one step each, because accumulation is not in effect in the published code.
+        settings = {
+            "method.vision_model": "openai/clip-vit-large-patch14", "method.llm": "google/gemma-2-2b-it",
+            "method.drop_cls": True, "method.pool": 1, "method.max_length": 512, "method.lr": 1e-3,
+            "method.llm_dtype": "bfloat16", "method.activation_checkpointing": True, "method.cache_features": False,
+            "method.saes": "sae-lens:gemma-scope-2b-pt-res-canonical/layer_{layer}/width_16k/canonical",
+            "method.text_surrogate": "Consider the following information: {caption} ",
+            "method.surrogate_place": "question", "method.label": "caption", "method.freq_max": 0.05,
+            "method.pool_size": 256, "data.image_size": 224, "data.questions": None, "data.batch_size": 8,
+            "data.keep_image_tag": True, "data.test_size": 1000, "trainer.max_steps": -1, "trainer.max_epochs": 1,
+        }  # fmt: skip
+        return "vision_mapping", "", settings, {"match_rate": (0.491, True)}
+    elif name == "tiny_lm":
+        settings = {
+            "method.mlp": "dense", "method.act": "gelu_tanh", "method.bias": True, "method.vocab_size": 1536,
+            "method.vocabulary": None, "method.block_size": 128, "method.n_layer": 4, "method.d_model": 96,
+            "method.mlp_hidden": 384, "method.warmup_steps": 100, "method.weight_decay": 0.05,
+            "method.sampled_games": 0, "method.reported_neurons": 0, "method.controls": [],
+            "data.path": ["zoo:text", "zoo:captions"], "data.tokenizer": "bpe:1536", "data.test_size": 128,
+            "trainer.max_steps": 6000,
+        }  # fmt: skip
+        return "moe_x", "", settings, {}
+    elif name == "sae_pythia160m":
+        settings = {
+            "method.model": "EleutherAI/pythia-160m-deduped", "method.d_sae": 16384, "method.k": 32,
+            "method.sites": [f"resid_post.{layer}" for layer in (2, 5, 8)], "method.lr": 3e-4,
+            "method.warmup_steps": 1000, "data.path": "hf:monology/pile-uncopyrighted", "data.documents": 400_000,
+            "data.block_size": 512, "data.batch_size": 8, "data.test_size": 256, "trainer.max_steps": 50_000,
+        }  # fmt: skip
+        return "sae", "", settings, {}
+    elif name == "sae_universality_pythia":
+        return (
+            "sae_universality",
+            "",
+            UNIVERSALITY,
+            {key: (value, True) for key, value in {"pc1": 0.678, "rsa": 0.207, "mean_correlation": 0.698}.items()},
+        )
     elif name in MOE_X_TABLES:
         return "moe_x", "", {"method.controls": MOE_X_TABLES[name]}, {}
     elif name == "latent_guard_minilm":
@@ -243,7 +300,8 @@ def test_an_experiment_is_what_was_published(name: str) -> None:
     content = read(f"experiment/{name}")
     paper = content.pop("paper", {})
     picks = {"method": method} | ({"backbone": backbone} if backbone else {})
-    picks = {} if name in MOE_X_TABLES else picks | ({"data": "text"} if name == "moe_x_text" else {})
+    picks = {} if name in MOE_X_TABLES else picks | ({"data": "text"} if name in TEXT else {})
+    picks |= {"data": "llava"} if name == "vision_mapping_gemma" else {}
     picks |= {"data": "prompts"} if method in ("ecodiff", "heal") else {}
     assert chosen(f"experiment/{name}") == picks
     assert flat(content) == settings
@@ -260,7 +318,7 @@ def test_an_experiment_is_what_was_published(name: str) -> None:
     published = tuned(f"{method}-{backbone}") if f"{method}-{backbone}" in options("tuned") else {}
     assert (published | settings).items() <= flat(config).items()
     # What is typed wins.
-    typed = {"safety_dpo": "rank", "latent_guard": "lr", "moe_x": "lr"}.get(method, "keep")
+    typed = {"safety_dpo": "rank", "ecodiff": "keep", "heal": "keep"}.get(method, "lr")
     assert compose([f"experiment={name}", f"method.{typed}=0.9"])["method"][typed] == 0.9
 
 
@@ -268,7 +326,7 @@ def test_every_published_row_has_its_file() -> None:
     rows = {*MAIN, *(f"ecodiff_healing_sdxl_{percent}" for percent in UNHEALED), "ecodiff_healing_sdxl_50_lora"}
     assert set(options("experiment")) == rows | {
         "ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl", "safety_dpo_merge", "latent_guard_minilm",
-        "moe_x_chess", "moe_x_table1", "moe_x_text", *MOE_X_TABLES,
+        "moe_x_chess", "moe_x_table1", *TEXT, *MOE_X_TABLES, "vision_mapping_gemma",
     }  # fmt: skip
 
 

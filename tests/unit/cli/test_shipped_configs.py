@@ -107,6 +107,23 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
          "data.block_size": "${method.block_size}",
          "trainer.max_steps": 250, "trainer.limit_val_batches": 0},
     ),
+    "sae": (
+        "SparseAutoencoders", {"data": "text"},
+        {"method.seeds": ["${seed}"], "method.model": "zoo:tiny_lm", "method.sites": ["resid_post.2"], "method.k": 16,
+         "method.lr": 2e-3, "method.warmup_steps": 50, "method.reported_features": 12,
+         "data.path": ["zoo:text", "zoo:captions"], "data.tokenizer": "${method.model}", "data.block_size": 128,
+         "data.test_size": 128, "trainer.max_steps": 500, "trainer.limit_val_batches": 0},
+    ),
+    "sae_universality": (
+        "SAEUniversality", {"data": "text"},
+        {"method.model_a": "zoo:tiny_lm", "method.model_b": "zoo:tiny_lm_seed1",
+         "method.sites_a": [f"resid_post.{layer}" for layer in range(4)], "method.expansion": 4, "method.k": 12,
+         "method.lr": 2e-3, "method.warmup_steps": 30, "method.subspaces": ["time", "people", "nature", "emotions"],
+         "method.keywords.colours": ["white", "yellow", "pink", "red", "purple", "blue", "green", "grey"],
+         "method.followed": 40, "data.path": ["zoo:text", "zoo:captions"], "data.tokenizer": "${method.model_a}",
+         "data.block_size": 128, "data.batch_size": 12, "data.test_size": 192, "trainer.max_steps": 250,
+         "trainer.limit_val_batches": 0},
+    ),
     "safety_dpo": (
         "SafetyDPO", {"backbone": "tiny_sdxl", "data": "copro_v2"},
         {"method.experts": None, "data.experts": "${method.experts}", "trainer.max_steps": 2000,
@@ -115,6 +132,14 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "text_to_image": (
         "TextToImage", {"backbone": "tiny_flux", "data": "emoji"},
         {"trainer.max_steps": 200, "trainer.gradient_clip_val": 1.0, "trainer.limit_val_batches": 0},
+    ),
+    "vision_mapping": (
+        "VisionMapping", {"data": "llava"},
+        {"method.vision_model": "zoo:tiny_clip", "method.llm": "zoo:tiny_lm", "method.drop_cls": False,
+         "method.pool": 4, "method.max_length": 64, "method.lr": 1e-2, "method.cache_features": True,
+         "method.sae_expansion": 4, "method.sae_k": 12, "method.sae_rows": 8, "method.label": "thing",
+         "method.freq_max": 0.2, "method.pool_size": 96, "data.image_size": 64, "data.questions": ["thing"],
+         "data.batch_size": 64, "data.test_size": 192, "trainer.max_steps": 600, "trainer.limit_val_batches": 0},
     ),
 }  # fmt: skip
 
@@ -145,6 +170,7 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "copro": ("CoProDataModule", {"path": "zoo:copro_mini"}),
     "copro_v2": ("CoProV2DataModule", {"csv": "zoo:copro_mini", "images": "zoo:copro_mini", "batch_size": 8}),
     "emoji": ("EmojiDataModule", {"batch_size": 64}),
+    "llava": ("LLaVADataModule", {"path": "zoo:emoji"}),
     "prompts": ("PromptDataModule", {"source": "emoji"}),
     "text": ("TextDataModule", {"path": "zoo:text"}),
 }

@@ -38,8 +38,11 @@ def test_a_glob_sees_plugins() -> None:
         "method=heal",
         "method=latent_guard",
         "method=moe_x",
+        "method=sae",
+        "method=sae_universality",
         "method=safety_dpo",
         "method=text_to_image",
+        "method=vision_mapping",
     ]
 
 

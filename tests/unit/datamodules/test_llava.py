@@ -410,6 +410,8 @@ def test_a_spread_takes_of_each_group_in_turn() -> None:
         assert places == sorted(places)
         assert [sum(names[place][0] == group for place in places) for group in "abc"] == counts
         assert set(spread(names, size - 1)) < set(places)
+    # With fewer rows than groups, not those of the first groups.
+    assert max(spread([(str(n), str(n)) for n in range(100)], 10)) > 50
 
 
 # -- batches and their order ------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from safelight.probing.surgery import Surgery
 from safelight.probing.tap import ActivationTap
 from safelight.reporting import Report
 from safelight.testing.contracts import MethodContract
+from safelight.testing.running import on_two_ranks
 
 pytest.importorskip("sae_lens")
 SMALL: dict[str, Any] = {"d_sae": 64, "k": 4, "lr": 1e-2, "warmup_steps": 1}
@@ -43,6 +44,28 @@ sae = SAE.load_from_disk(folder)
 codes = sae.encode(torch.randn(5, 96))
 assert codes.shape == (5, 64) and (codes != 0).sum(1).max() <= 4
 """
+
+    @pytest.mark.ddp
+    @pytest.mark.slow
+    def test_twenty_steps_of_two_processes(self) -> None:
+        """In single precision, with features that die on the way."""
+        self.config  # noqa: B018
+        ranks = on_two_ranks(self._twenty_as_rank)
+        module = self._twenty(4, 3)
+        for rank in ranks:
+            for key, value in module.state_dict().items():
+                if key.startswith("dictionaries."):
+                    assert torch.allclose(value.double(), rank[key].double(), atol=1e-4), key
+        dead = module.dictionaries[0].dead  # type: ignore[union-attr]
+        assert 0 < int(dead.sum()) < len(dead)
+
+    def _twenty_as_rank(self) -> dict[str, Tensor]:
+        return self._twenty(2, 6, devices=2, strategy="ddp").state_dict()
+
+    def _twenty(self, size: int, batches: int, **settings: Any) -> Any:
+        module = self.build(dead_after=3)
+        self.fit(module, 20, batch_size=size, batches=batches, **settings)
+        return module
 
     def overrides(self) -> list[str]:
         small = (f"method.{key}={value}" for key, value in SMALL.items())

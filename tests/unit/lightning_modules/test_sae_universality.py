@@ -205,7 +205,7 @@ def test_shared_geometry_is_found_and_only_where_it_is_shared() -> None:
     assert results["unrelated"].rsa.p > 0.01
     assert results["shared"].svcca.p <= 0.01
     assert abs(results["unrelated"].svcca.score - results["unrelated"].svcca.null_mean) < 0.05
-    assert float(results["unrelated"].pairs.correlation.mean()) > 0.3, "that features fire together says nothing of their geometry"
+    assert float(results["unrelated"].pairs.correlation.mean()) > 0.3, "firing together says nothing of geometry"
 
 
 def test_concepts_are_compared_by_themselves() -> None:

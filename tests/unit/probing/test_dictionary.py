@@ -162,7 +162,7 @@ def test_sizes_that_contradict_each_other(settings: dict[str, Any], message: str
 
 
 def test_vectors_without_content() -> None:
-    with pytest.raises(SafelightError, match="mean norm of 0.0"):
+    with pytest.raises(SafelightError, match=r"mean norm of 0\.0"):
         SparseDictionary(8, 32, k=2).loss(torch.zeros(4, 8))
 
 

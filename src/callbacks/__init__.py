@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from safelight.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from safelight.callbacks.activation_cache import ActivationCache as ActivationCache
     from safelight.callbacks.jsonl import MetricsJsonl as MetricsJsonl
     from safelight.callbacks.jsonl import TrimMetrics as TrimMetrics
     from safelight.callbacks.media import TensorBoardMedia as TensorBoardMedia
@@ -15,16 +16,19 @@ if TYPE_CHECKING:
     from safelight.callbacks.progress import ProgressLine as ProgressLine
     from safelight.callbacks.progress import RichProgress as RichProgress
     from safelight.callbacks.progress import make_progress as make_progress
+    from safelight.callbacks.sae_probe import SAEProbe as SAEProbe
     from safelight.callbacks.summary import RunSummary as RunSummary
     from safelight.callbacks.waiting import DataWait as DataWait
 
 _HOME = {
+    "ActivationCache": "activation_cache",
     "DataWait": "waiting",
     "MetricsJsonl": "jsonl",
     "NonFiniteError": "nonfinite",
     "ProgressLine": "progress",
     "RichProgress": "progress",
     "RunSummary": "summary",
+    "SAEProbe": "sae_probe",
     "StopOnNonFinite": "nonfinite",
     "TensorBoardMedia": "media",
     "TrimMetrics": "jsonl",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from safelight.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from safelight.datamodules.activations import ActivationDataModule as ActivationDataModule
     from safelight.datamodules.chess import ChessDataModule as ChessDataModule
     from safelight.datamodules.concepts import ConceptDataModule as ConceptDataModule
     from safelight.datamodules.copro import CoProDataModule as CoProDataModule
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from safelight.datamodules.text import TextDataModule as TextDataModule
 
 _HOME = {
+    "ActivationDataModule": "activations",
     "ChessDataModule": "chess",
     "CoProDataModule": "copro",
     "CoProV2DataModule": "copro_v2",

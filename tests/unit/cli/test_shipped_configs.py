@@ -162,6 +162,7 @@ def test_a_method_runs_on_what_ships(method: str) -> None:
 
 
 DATA: dict[str, tuple[str, dict[str, Any]]] = {
+    "activations": ("ActivationDataModule", {"path": "???"}),
     "chess": ("ChessDataModule", {"path": "zoo:chess_games"}),
     "concepts": (
         "ConceptDataModule",
@@ -207,6 +208,11 @@ CALLBACKS: dict[str, dict[str, Any]] = {
             "media": "TensorBoardMedia",
             "run_summary": "RunSummary",
         }.items()
+    },
+    # These stand beside the default ones.
+    **{
+        name: {f"{name}._target_": f"safelight.callbacks.{name}.{kind}", f"{name}.site": "???"}
+        for name, kind in {"sae_probe": "SAEProbe", "activation_cache": "ActivationCache"}.items()
     },
 }
 LOGGERS: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from safelight.errors import SafelightError
 from safelight.lightning_modules.vision_mapping.adapters import load_adapter, new_adapter
 from safelight.lightning_modules.vision_mapping.conversations import Chat
+from safelight.lightning_modules.vision_mapping.judging import OracleJudge
 from safelight.lightning_modules.vision_mapping.objective import answer_losses, answered_exactly, mean_loss
 from safelight.lightning_modules.vision_mapping.probe import convergence_layer, peaks, strongest
 from safelight.lightning_modules.vision_mapping.splicing import check_positions, rescaled, token_vectors, written

@@ -131,7 +131,6 @@ class SAEProbe(Callback):
             )
         if trainer.global_step == 0:
             self._forget()
-        torch.rand(1)
         with untouched(pl_module):
             sae_lens()
             if self.source is not None:

@@ -82,6 +82,8 @@ def filled(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):  # fmt: skip
         (tmp_path / name).symlink_to(mini / source)
     (tmp_path / "CoProv2-SD15").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "blip_laion_cc_sbu_558k.json").write_text("[]")
     (tmp_path / "games.pgn").write_text('[Event "one"]\n\n1. e4 e5 2. Nf3 Nc6 1-0\n')
     (tmp_path / "PartiPrompts.tsv").write_text("Prompt\tCategory\na quiet lake\tOutdoor\n")
     yield {

@@ -65,7 +65,8 @@ class VisionMapping(SafelightModule):
         sae_lr: peak rate of Adam for them.
         sae_rows: tokens drawn from each text of a batch.
         sae_scale: what they multiply vectors by; null to take it from the first batch.
-        text_surrogate: what is read in place of the picture, with ``{caption}`` in it.
+        text_surrogate: what is read in place of the picture, with ``{caption}`` in it; null for the caption and a line
+            break, as ``tiny_lm`` knows it.
         surrogate_place: ``image``, where the picture would be, or ``question``, before the first question (authors).
         descriptions: folder of Neuronpedia's explanations by layer; null for the words at which features fire.
         label: key of the batch that says what is in the picture, for the judge.
@@ -115,7 +116,7 @@ class VisionMapping(SafelightModule):
         sae_lr: Annotated[float, Gt(0)] = 2e-3,
         sae_rows: Annotated[int, Ge(1)] = 16,
         sae_scale: Annotated[float, Gt(0)] | None = None,
-        text_surrogate: str = "{caption}\n",
+        text_surrogate: str | None = None,
         surrogate_place: Literal["image", "question"] = "image",
         descriptions: str | None = None,
         label: str = "caption",
@@ -131,7 +132,7 @@ class VisionMapping(SafelightModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if "{caption}" not in text_surrogate:
+        if text_surrogate is not None and "{caption}" not in text_surrogate:
             raise SafelightError(f"text_surrogate={text_surrogate!r}: write {{caption}} where the caption goes")
         self.control_names = CONTROLS if controls is None else tuple(controls)
         self.vision = load_vision_model(vision_model)
@@ -222,7 +223,8 @@ class VisionMapping(SafelightModule):
 
     def text_batch(self, batch: dict[str, Any]) -> Batch:
         """Conversations with captions in place of the pictures."""
-        texts = [self.hparams.text_surrogate.replace("{caption}", caption) for caption in batch["caption"]]
+        surrogate = self.hparams.text_surrogate or "{caption}\n"
+        texts = [surrogate.replace("{caption}", caption) for caption in batch["caption"]]
         if self.hparams.surrogate_place == "image":
             return self._batch(batch["conversation"], [self.chat.tokens(text) for text in texts])
         told = [

@@ -18,7 +18,7 @@ FILE, SETTINGS = "projection.safetensors", "config.json"
 _PREFIXES = ("module.", "projection.")
 
 
-def new_adapter(kind: Kind, d_in: int, d_out: int, seed: int) -> nn.Module:
+def new_adapter(kind: Kind, d_in: int, d_out: int, seed: int, gain: float = 1.0) -> nn.Module:
     """A map with torch's initial weights, the same for the same seed.
 
     Args:
@@ -26,12 +26,17 @@ def new_adapter(kind: Kind, d_in: int, d_out: int, seed: int) -> nn.Module:
         d_in: width of the vision transformer.
         d_out: width of the language model.
         seed: of the weights.
+        gain: what they are multiplied by.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == "linear":
-            return nn.Linear(d_in, d_out)
-        return nn.Sequential(nn.Linear(d_in, d_out), nn.GELU(), nn.Linear(d_out, d_out))
+        made: nn.Module = nn.Linear(d_in, d_out)
+        if kind == "mlp":
+            made = nn.Sequential(made, nn.GELU(), nn.Linear(d_out, d_out))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(gain)
+    return made
 
 
 def load_adapter(adapter: nn.Module, source: str) -> None:

@@ -106,7 +106,7 @@ class Evaluation:
         self.layers = module.layers
         self.dictionaries: dict[int, Any] = module.coders()
         self.adapters: dict[str, nn.Module] = {TRAINED: module.projection}
-        fresh = new_adapter(h.adapter, module.vision.width, module.width, h.seed).to(module.device)
+        fresh = new_adapter(h.adapter, module.vision.width, module.width, h.seed, h.init_gain).to(module.device)
         # The ratio to a map that has learned nothing is a metric, so that this one is always looked at.
         self.adapters[RANDOM] = fresh
         if NORMED in module.control_names:

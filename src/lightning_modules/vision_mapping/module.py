@@ -47,6 +47,7 @@ class VisionMapping(SafelightModule):
         stage: ``pretrain`` or ``finetune``; a label that says how long conversations may be (paper: 512 and 1024).
         max_length: tokens of a conversation, visual ones not counted; null for the stage's.
         adapter: ``linear`` (paper) or ``mlp``, two layers.
+        init_gain: of the initial weights. Vectors much longer than those of words drown what layers add to them.
         adapter_ckpt: weights to start from: a run, its export, a checkpoint or a ``.pth`` of the authors.
         lr: peak rate of AdamW (paper: 1e-3 in stage 1, 2e-5 in stage 2).
         min_lr: rate at the end of the cosine (paper: 1e-8).
@@ -99,6 +100,7 @@ class VisionMapping(SafelightModule):
         stage: Literal["pretrain", "finetune"] = "pretrain",
         max_length: Annotated[int, Ge(2)] | None = None,
         adapter: Kind = "linear",
+        init_gain: Annotated[float, Gt(0)] = 1.0,
         adapter_ckpt: str | None = None,
         lr: Annotated[float, Gt(0)] = 1e-3,
         min_lr: Annotated[float, Ge(0)] = 1e-8,
@@ -141,7 +143,7 @@ class VisionMapping(SafelightModule):
         self.chat = Chat(load_tokenizer(llm), insert_pos)
         self.judge: Judge = load_judge(judge)
         self.width = width_of(self.llm)
-        self.projection = new_adapter(adapter, self.vision.width, self.width, seed)
+        self.projection = new_adapter(adapter, self.vision.width, self.width, seed, init_gain)
         if adapter_ckpt is not None:
             load_adapter(self.projection, adapter_ckpt)
         self.layers = self._layers(layers)

@@ -239,7 +239,8 @@ class ActivationCache(Callback):
         others = list(folder.glob("vectors-*.safetensors")) if self._rank == 0 else own
         if others and not resumed:
             raise SafelightError(
-                f"callbacks.activation_cache.path: {str(folder)!r} holds vectors of an earlier run; give another folder"
+                f"callbacks.activation_cache.path: {str(folder)!r} holds vectors of an earlier run; give another "
+                "folder, or delete it"
             )
         for file in own:
             with safe_open(file, framework="pt") as content:

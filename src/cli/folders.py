@@ -29,6 +29,10 @@ CONTENTS: Final = (
     "export",
     "report",
     "summary.json",
+    # Where callbacks=activation_cache and callbacks=sae_probe write.
+    "activations",
+    "sae_probe",
+    "sae_probe.json",
 )
 _WRITTEN_FIRST: Final = ("config.yaml", "command.txt", "versions.json")
 _FOLDER_VARIABLE: Final = "SAFELIGHT_RUN_DIR"

@@ -29,11 +29,9 @@ CONTENTS: Final = (
     "export",
     "report",
     "summary.json",
-    # Where callbacks=activation_cache and callbacks=sae_probe write.
-    "activations",
-    "sae_probe",
-    "sae_probe.json",
 )
+_OF_CALLBACKS: Final = ("activations", "sae_probe", "sae_probe.json")
+"""What a run writes beside it with ``callbacks=activation_cache`` and ``callbacks=sae_probe``."""
 _WRITTEN_FIRST: Final = ("config.yaml", "command.txt", "versions.json")
 _FOLDER_VARIABLE: Final = "SAFELIGHT_RUN_DIR"
 _RANK_VARIABLES: Final = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
@@ -148,7 +146,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run left, and nothing that a run does not write."""
-    for name in CONTENTS:
+    for name in (*CONTENTS, *_OF_CALLBACKS):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

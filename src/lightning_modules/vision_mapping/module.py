@@ -32,7 +32,7 @@ MAX_LENGTH = {"pretrain": 512, "finetune": 1024}
 
 
 class VisionMapping(SafelightModule):
-    """One linear map puts pictures into a frozen language model, whose dictionaries then read them (arXiv 2506.11976).
+    """A small map puts pictures into a frozen language model, whose dictionaries then read them (arXiv 2506.11976).
 
     Batches: a dict with ``image`` (B, 3, S, S) in [-1, 1], ``conversation`` (B lists of pairs of question and answer),
     ``caption`` (B texts) and, in tests, ``index`` (B,).
@@ -63,6 +63,8 @@ class VisionMapping(SafelightModule):
         sae_architecture: of those trained here; with ``topk``, L0 is the same everywhere.
         sae_expansion: features for each dimension.
         sae_k: of them active for a vector.
+        sae_dead_after: steps without firing after which a feature gets the auxiliary loss (sae-lens: 1000). Where a run
+            is no longer than that, features stay dead and not even words are matched.
         sae_lr: peak rate of Adam for them.
         sae_rows: tokens drawn from each text of a batch.
         sae_scale: what they multiply vectors by; null to take it from the first batch.
@@ -115,6 +117,7 @@ class VisionMapping(SafelightModule):
         sae_architecture: Architecture = "batchtopk",
         sae_expansion: Annotated[float, Gt(0)] = 8,
         sae_k: Annotated[float, Gt(0)] = 16,
+        sae_dead_after: Annotated[int, Ge(1)] = 1000,
         sae_lr: Annotated[float, Gt(0)] = 2e-3,
         sae_rows: Annotated[int, Ge(1)] = 16,
         sae_scale: Annotated[float, Gt(0)] | None = None,
@@ -169,7 +172,7 @@ class VisionMapping(SafelightModule):
         h = self.hparams
         return SparseDictionary(
             self.width, round(h.sae_expansion * self.width), architecture=h.sae_architecture, k=h.sae_k,
-            scale=h.sae_scale, seed=h.seed + layer,
+            dead_after=h.sae_dead_after, scale=h.sae_scale, seed=h.seed + layer,
         )  # fmt: skip
 
     def coders(self) -> dict[int, Any]:

@@ -233,6 +233,7 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
         settings = {
             "method.vision_model": "openai/clip-vit-large-patch14", "method.llm": "google/gemma-2-2b-it",
             "method.drop_cls": True, "method.pool": 1, "method.max_length": 512, "method.lr": 1e-3,
+            "method.adapter": "linear", "method.init_gain": 1.0, "method.weight_decay": 0.01,
             "method.llm_dtype": "bfloat16", "method.activation_checkpointing": True, "method.cache_features": False,
             "method.saes": "sae-lens:gemma-scope-2b-pt-res-canonical/layer_{layer}/width_16k/canonical",
             "method.text_surrogate": "Consider the following information: {caption} ",

@@ -136,10 +136,11 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "vision_mapping": (
         "VisionMapping", {"data": "llava"},
         {"method.vision_model": "zoo:tiny_clip", "method.llm": "zoo:tiny_lm", "method.drop_cls": False,
-         "method.pool": 4, "method.max_length": 64, "method.lr": 1e-2, "method.cache_features": True,
-         "method.sae_expansion": 4, "method.sae_k": 12, "method.sae_rows": 8, "method.label": "thing",
-         "method.freq_max": 0.2, "method.pool_size": 96, "data.image_size": 64, "data.questions": ["thing"],
-         "data.batch_size": 64, "data.test_size": 192, "trainer.max_steps": 600, "trainer.limit_val_batches": 0},
+         "method.pool": 4, "method.max_length": 64, "method.adapter": "mlp", "method.init_gain": 0.3,
+         "method.lr": 2e-3, "method.weight_decay": 0.1, "method.cache_features": True, "method.sae_expansion": 8,
+         "method.sae_k": 6, "method.sae_dead_after": 100, "method.sae_rows": 8, "method.label": "thing",
+         "method.freq_max": 0.1, "method.pool_size": 96, "data.image_size": 64, "data.questions": ["thing"],
+         "data.batch_size": 32, "data.test_size": 192, "trainer.max_steps": 800, "trainer.limit_val_batches": 0},
     ),
 }  # fmt: skip
 

@@ -13,13 +13,14 @@ from ecodiff_toys import trainer
 from safelight.datamodules import LLaVADataModule
 from safelight.errors import SafelightError
 from safelight.lightning_modules import VisionMapping
+from safelight.probing.tap import ActivationTap
 from safelight.reporting import Report
 from safelight.testing.contracts import MethodContract
 
 pytest.importorskip("sae_lens")
 SMALL: dict[str, Any] = {
     "pool": 4, "drop_cls": False, "max_length": 48, "lr": 1e-2, "sae_expansion": 0.5, "sae_k": 4, "sae_rows": 2,
-    "pool_size": 5, "label": "thing", "freq_max": 1.0, "bootstrap": 20, "layers": [0, 3],
+    "pool_size": 5, "label": "thing", "freq_max": 1.0, "bootstrap": 20, "layers": [0, 3], "adapter": "linear",
 }  # fmt: skip
 
 
@@ -79,6 +80,22 @@ def test_dictionaries_do_not_change_the_map() -> None:
     assert torch.equal(with_them.projection.weight, narrow.projection.weight)
 
 
+def test_dictionaries_learn_from_all_tokens_but_the_first() -> None:
+    module, source = tiny(sae_rows=800, layers=[0], sae_dead_after=7), data()
+    assert module.dictionaries["0"].dead_after == 7
+    fit(module, 1)
+    source.setup()
+    batch = next(iter(source.test_dataloader()))
+    vectors = module._word_vectors(batch, 0)[0]
+    rows = module.text_batch(batch)
+    with ActivationTap(module.llm, ["resid_post.0"]).reading() as seen:
+        module.llm(input_ids=rows.ids, attention_mask=rows.mask)
+    words = seen["resid_post.0"][rows.mask.bool() & (torch.arange(rows.ids.shape[1]) > 0)]
+    distance = torch.cdist(vectors, words).min(1).values
+    assert float(distance.max()) < 0.1, "padding and the first token are no words"
+    assert float(torch.cdist(words, vectors).min(1).values.max()) < 0.1, "and every word is drawn"
+
+
 def test_pictures_stand_right_behind_the_first_token() -> None:
     module, source = tiny(), data()
     source.setup()
@@ -120,7 +137,10 @@ def test_what_a_run_measures_and_leaves(tmp_path: Path) -> None:
     assert found["caption_text"]["adapter_accuracy"] > 0.9
     assert found["shuffled_images"]["adapter_accuracy"] <= 0.5
     assert found[""]["fvu_text"] > 0
-    assert found[""]["fvu_ratio_last"] > 0
+    assert found[""]["fvu_ratio_last"] == pytest.approx(found[""]["fvu_last"] / found["random_adapter"]["fvu_last"])
+    assert found[""]["fvu_ratio_first"] == pytest.approx(found[""]["fvu_first"] / found["random_adapter"]["fvu_first"])
+    norms = {name: module.found.figure(name, "vlm_img", "norm")[0] for name in ("random_adapter", "norm_matched")}
+    assert norms["norm_matched"] != pytest.approx(norms["random_adapter"], rel=1e-2)
     report = Report("vision")
     module.fill_report(report)
     assert all(words in report.html() for words in ("another picture", "words alone", "untrained map"))

@@ -32,7 +32,7 @@ MAX_LENGTH = {"pretrain": 512, "finetune": 1024}
 
 
 class VisionMapping(SafelightModule):
-    """A small map puts pictures into a frozen language model, whose dictionaries then read them (arXiv 2506.11976).
+    """A linear map puts pictures into a frozen language model, whose dictionaries then read them (arXiv 2506.11976).
 
     Batches: a dict with ``image`` (B, 3, S, S) in [-1, 1], ``conversation`` (B lists of pairs of question and answer),
     ``caption`` (B texts) and, in tests, ``index`` (B,).

@@ -136,7 +136,7 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "vision_mapping": (
         "VisionMapping", {"data": "llava"},
         {"method.vision_model": "zoo:tiny_clip", "method.llm": "zoo:tiny_lm", "method.drop_cls": False,
-         "method.pool": 4, "method.max_length": 64, "method.adapter": "mlp", "method.init_gain": 0.3,
+         "method.pool": 4, "method.max_length": 64, "method.init_gain": 0.1,
          "method.lr": 2e-3, "method.weight_decay": 0.1, "method.cache_features": True, "method.sae_expansion": 8,
          "method.sae_k": 6, "method.sae_dead_after": 100, "method.sae_rows": 8, "method.label": "thing",
          "method.freq_max": 0.1, "method.pool_size": 96, "data.image_size": 64, "data.questions": ["thing"],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safelight.errors import SafelightError
+from safelight.probing.dinov2 import MEAN, STD, load_dinov2
 from safelight.probing.language import locate
 from safelight.probing.tap import ActivationTap
 
@@ -42,21 +43,30 @@ class VisionTower(nn.Module):
         config: Any = self.tower.config
         return int(config.hidden_size)
 
-    def normalised(self, images: Tensor) -> Tensor:
+    def normalised(self, images: Tensor, any_size: bool = False) -> Tensor:
         """Pictures (B, 3, S, S) in [-1, 1] as the transformer was trained to see them.
 
+        Args:
+            images: what it shall see.
+            any_size: leave it to the caller to stretch position embeddings.
+
         Raises:
-            SafelightError: they have another shape, or a size for which it has no positions.
+            SafelightError: they have another shape, a size for which it has no positions, or patches do not fit in.
         """
         config: Any = self.tower.config
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[-1] != images.shape[-2]:
             raise SafelightError(f"image: expected (B, 3, S, S) in [-1, 1], got {tuple(images.shape)}")
         # DINOv2 stretches its positions by itself; the others offer to, which would be another model.
         fixed = "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters
-        if fixed and images.shape[-1] != config.image_size:
+        if fixed and not any_size and images.shape[-1] != config.image_size:
             raise SafelightError(
                 f"image: {images.shape[-1]} pixels wide, {type(self.tower).__name__} sees {config.image_size}; "
                 f"set data.image_size={config.image_size}"
+            )
+        if rest := images.shape[-1] % config.patch_size:
+            raise SafelightError(
+                f"image: {images.shape[-1]} pixels wide, {type(self.tower).__name__} cuts patches of "
+                f"{config.patch_size}; set data.image_size={images.shape[-1] - rest or config.patch_size}"
             )
         mean, std = (value.to(device=images.device, dtype=images.dtype) for value in (self.mean, self.std))
         return ((images + 1) / 2 - mean) / std
@@ -66,12 +76,16 @@ def load_vision_model(source: str) -> VisionTower:
     """A vision transformer of transformers, frozen, in eval mode and float32.
 
     Args:
-        source: see :func:`~safelight.probing.language.locate`; of a CLIP or SigLIP folder, its vision tower.
+        source: ``dinov2`` for the weights of the extra of that name (:mod:`safelight.probing.dinov2`), or see
+            :func:`~safelight.probing.language.locate`; of a CLIP or SigLIP folder, its vision tower.
 
     Raises:
         SafelightError: it is not there, or it is no vision transformer.
     """
     from transformers import AutoModel
+
+    if source == "dinov2":
+        return VisionTower(load_dinov2(), MEAN, STD).eval().requires_grad_(False)
 
     name, local = locate(source)
     try:
@@ -86,6 +100,10 @@ def load_vision_model(source: str) -> VisionTower:
     # In transformers 4, CLIPVisionModel holds its transformer under the same name that CLIPModel has.
     if not hasattr(tower.config, "patch_size"):
         raise SafelightError(f"vision_model: {source} is a {type(model).__name__}, which cuts no picture into patches")
+    # Weights in the pages of a file are aligned as the file happens to be, and kernels round by alignment: a copy of the
+    # model would not compute the same bits.
+    for tensor in (*tower.parameters(), *tower.buffers()):
+        tensor.data = tensor.data.clone()
     mean, std = _normalisation(name, local)
     return VisionTower(tower, mean, std).eval().requires_grad_(False)
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from safelight.datamodules.copro import CoProDataModule as CoProDataModule
     from safelight.datamodules.copro_v2 import CoProV2DataModule as CoProV2DataModule
     from safelight.datamodules.emoji import EmojiDataModule as EmojiDataModule
+    from safelight.datamodules.illusionbench import IllusionBenchDataModule as IllusionBenchDataModule
     from safelight.datamodules.llava import LLaVADataModule as LLaVADataModule
+    from safelight.datamodules.photos import PhotoDataModule as PhotoDataModule
     from safelight.datamodules.prompts import PromptDataModule as PromptDataModule
     from safelight.datamodules.text import TextDataModule as TextDataModule
 
@@ -24,7 +26,9 @@ _HOME = {
     "CoProV2DataModule": "copro_v2",
     "ConceptDataModule": "concepts",
     "EmojiDataModule": "emoji",
+    "IllusionBenchDataModule": "illusionbench",
     "LLaVADataModule": "llava",
+    "PhotoDataModule": "photos",
     "PromptDataModule": "prompts",
     "ResumableLoader": "loading",
     "TextDataModule": "text",

@@ -170,6 +170,19 @@ MOE_X_TABLES = {
 
 # The notebooks' first pair of models: 100 documents of 300 tokens, pre-activations of the block before, one-to-one
 # pairs by order.
+# Sizes and steps are ours: what we know of the paper does not state them.
+VISUAL_PROMPTS = {
+    "visual_prompt_dinov2": {
+        "method.vision_model": "dinov2", "method.prompt_size": 28, "method.sigma_scale": 1.0, "method.positions": 1,
+        "method.test_positions": 2, "method.label": None, "data.image_size": 112, "data.batch_size": 8,
+        "trainer.max_steps": 120,
+    },
+    "visual_prompt_clip_l14": {
+        "method.vision_model": "openai/clip-vit-large-patch14", "method.prompt_size": 42, "method.sigma_scale": 1.0,
+        "method.positions": 2, "method.test_positions": 2, "method.label": None, "data.image_size": 224,
+        "data.crops": 10_000, "data.test_crops": 500, "data.batch_size": 16, "trainer.max_steps": 1000,
+    },
+}  # fmt: skip
 UNIVERSALITY = {
     "method.model_a": "EleutherAI/pythia-70m-deduped", "method.model_b": "EleutherAI/pythia-160m-deduped",
     "method.sites_a": [f"resid_post.{layer}" for layer in range(1, 6)], "method.sites_b": ["resid_post.5"],
@@ -242,6 +255,8 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
             "data.keep_image_tag": True, "data.test_size": 1000, "trainer.max_steps": -1, "trainer.max_epochs": 1,
         }  # fmt: skip
         return "vision_mapping", "", settings, {"match_rate": (0.491, True)}
+    elif name in VISUAL_PROMPTS:
+        return "visual_prompt", "", VISUAL_PROMPTS[name], {}
     elif name == "tiny_lm":
         settings = {
             "method.mlp": "dense", "method.act": "gelu_tanh", "method.bias": True, "method.vocab_size": 1536,
@@ -303,6 +318,7 @@ def test_an_experiment_is_what_was_published(name: str) -> None:
     picks = {"method": method} | ({"backbone": backbone} if backbone else {})
     picks = {} if name in MOE_X_TABLES else picks | ({"data": "text"} if name in TEXT else {})
     picks |= {"data": "llava"} if name == "vision_mapping_gemma" else {}
+    picks |= {"data": "photos"} if name in VISUAL_PROMPTS else {}
     picks |= {"data": "prompts"} if method in ("ecodiff", "heal") else {}
     assert chosen(f"experiment/{name}") == picks
     assert flat(content) == settings
@@ -328,6 +344,7 @@ def test_every_published_row_has_its_file() -> None:
     assert set(options("experiment")) == rows | {
         "ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl", "safety_dpo_merge", "latent_guard_minilm",
         "moe_x_chess", "moe_x_table1", *TEXT, *MOE_X_TABLES, "vision_mapping_gemma",
+        *VISUAL_PROMPTS,
     }  # fmt: skip
 
 

@@ -142,6 +142,11 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
          "method.freq_max": 0.1, "method.pool_size": 96, "data.image_size": 64, "data.questions": ["thing"],
          "data.batch_size": 32, "data.test_size": 192, "trainer.max_steps": 800, "trainer.limit_val_batches": 0},
     ),
+    "visual_prompt": (
+        "VisualPrompt", {"data": "emoji"},
+        {"method.vision_model": "zoo:tiny_clip", "method.prompt_size": 16, "method.sigma_scale": 0.5,
+         "method.label": "thing", "data.batch_size": 16, "trainer.max_steps": 300, "trainer.limit_val_batches": 0},
+    ),
 }  # fmt: skip
 
 
@@ -172,7 +177,9 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "copro": ("CoProDataModule", {"path": "zoo:copro_mini"}),
     "copro_v2": ("CoProV2DataModule", {"csv": "zoo:copro_mini", "images": "zoo:copro_mini", "batch_size": 8}),
     "emoji": ("EmojiDataModule", {"batch_size": 64}),
+    "illusionbench": ("IllusionBenchDataModule", {"path": "zoo:silhouettes"}),
     "llava": ("LLaVADataModule", {"path": "zoo:emoji"}),
+    "photos": ("PhotoDataModule", {}),
     "prompts": ("PromptDataModule", {"source": "emoji"}),
     "text": ("TextDataModule", {"path": "zoo:text"}),
 }

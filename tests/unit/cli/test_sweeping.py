@@ -43,6 +43,7 @@ def test_a_glob_sees_plugins() -> None:
         "method=safety_dpo",
         "method=text_to_image",
         "method=vision_mapping",
+        "method=visual_prompt",
     ]
 
 

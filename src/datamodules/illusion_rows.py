@@ -23,6 +23,8 @@ from safelight.errors import SafelightError
 DEFAULT_STRENGTHS = (0.40, 0.85, 1.40)
 """Strengths of drawn pictures: almost lost, readable at a squint, and plain to see."""
 _SCALE = 0.75
+_KEPT_BYTES = 2**28
+"""Drawn pictures that are kept in memory, by each set and loader process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +168,22 @@ class IllusionRows(Dataset[dict[str, Any]]):
     ) -> None:
         self.rows, self.image_size, self.read = list(rows), image_size, read
         self.low_pass, self.seed, self.jitter = low_pass, seed, jitter
+        self._kept: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        return self.item(self.rows[place])
+        row = self.rows[place]
+        if self.read is not None:
+            return self.item(row)
+        if place not in self._kept:
+            picture = Image.fromarray(draw(row, self.image_size, self.placement(row)))
+            # Drawing costs more than anything small models do with a picture, so as many are kept as memory allows.
+            if (len(self._kept) + 1) * 3 * self.image_size**2 > _KEPT_BYTES:
+                return self._item(row, picture)
+            self._kept[place] = picture
+        return self._item(row, self._kept[place])
 
     def item(self, row: IllusionRow, placement: Placement | None = None) -> dict[str, Any]:
         """The item of any row; a drawn one may be placed as another."""
@@ -179,6 +191,9 @@ class IllusionRows(Dataset[dict[str, Any]]):
             picture = Image.fromarray(draw(row, self.image_size, placement or self.placement(row)))
         else:
             picture = self.read(row.picture)
+        return self._item(row, picture)
+
+    def _item(self, row: IllusionRow, picture: Image.Image) -> dict[str, Any]:
         return {
             "image": self._tensor(picture),
             "shape": row.shape,

@@ -51,15 +51,17 @@ class IllusionBenchDataModule(LightningDataModule):
             hub's parquet shards, or one parquet file.
         subset: shapes of things, of logos, or the kinds of things that icons show.
         split: what tests are about. ``source``: of each class some silhouettes, which are never trained on; a class
-            with one silhouette is not tested. ``scenes``: other scenes (the authors' domain generalisation), where
-            silhouettes are the same. ``both``: other silhouettes in other scenes.
+            with one silhouette is not tested. ``placement``: the last drawing of each, at another place and in another
+            picture of its scene. ``scenes``: other scenes (the authors' domain generalisation), where silhouettes are
+            the same. ``both``: other silhouettes in other scenes.
         image_size: edge of the square pictures, pixels.
         strengths: how plainly shapes are hidden; ``official`` for those of the subset, which gives as many pictures as
             its card declares. null for 0.4, 0.85 and 1.4 where pictures are drawn, and for all there are in files.
         shapes: classes, however they are written; null for all.
-        scenes: used for training, and under ``split=source`` for tests as well; null for the five simple ones, under
-            ``split=source`` for all.
-        test_scenes: under ``split=scenes`` and ``both``; null for those that training does not use.
+        scenes: used for training, and under ``source`` and ``placement`` for tests as well; null for the five simple
+            ones, under ``source`` and ``placement`` for all but ``test_scenes``.
+        test_scenes: that tests alone use; null for those that training does not use, under ``source`` and ``placement``
+            for none.
         test_share: of the silhouettes of each class, under ``split=source`` and ``both``: at least one, never all.
         placements: drawings of each silhouette in each scene at each strength.
         jitter: how far drawn silhouettes differ in scale (a share of it) and place (shares of the side).
@@ -84,7 +86,7 @@ class IllusionBenchDataModule(LightningDataModule):
         *,
         path: str = "zoo:silhouettes",
         subset: Literal["Illusion_IN", "Illusion_LOGO", "Illusion_ICON"] = "Illusion_IN",
-        split: Literal["source", "scenes", "both"] = "source",
+        split: Literal["source", "placement", "scenes", "both"] = "source",
         image_size: Annotated[int, Ge(8)] = 64,
         strengths: Literal["official"] | Annotated[list[Annotated[float, Gt(0)]], MinLen(1)] | None = None,
         shapes: Annotated[list[str], MinLen(1)] | None = None,
@@ -108,7 +110,7 @@ class IllusionBenchDataModule(LightningDataModule):
         self.test_share, self.placements, self.jitter, self.low_pass = test_share, placements, jitter, low_pass
         self.cache, self.cache_size, self.cache_dir = cache, cache_size, cache_dir
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
-        self._check(test_scenes)
+        self._check()
         self._strengths = STRENGTHS[subset] if strengths == "official" else tuple(dict.fromkeys(strengths or ()))
         self._shapes = None if shapes is None else {known_class(word, subset) for word in shapes}
         self._train_scenes, self._test_scenes = self._scenes(scenes, test_scenes)
@@ -121,7 +123,7 @@ class IllusionBenchDataModule(LightningDataModule):
         self.train_set: IllusionRows | None = None
         self._small: SmallPictures | None = None
 
-    def _check(self, test_scenes: list[str] | None) -> None:
+    def _check(self) -> None:
         if self.subset not in CLASSES:
             raise SafelightError(f"data.subset={self.subset!r}: choose from {', '.join(CLASSES)}")
         for argument, word, known in unknown_words(self.hparams):
@@ -130,8 +132,11 @@ class IllusionBenchDataModule(LightningDataModule):
             near = difflib.get_close_matches(word, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise SafelightError(f"data.{argument}: there is no {word!r}; choose from {', '.join(known)}{hint}")
-        if self.split == "source" and test_scenes is not None:
-            raise SafelightError("data.test_scenes is for split=scenes and both; leave it out, or change data.split")
+        if self.split == "placement" and self.placements < 2:
+            raise SafelightError(
+                f"data.split=placement tests the last of several drawings, data.placements={self.placements}; give 2 "
+                f"or more, which only {_DRAWN} has"
+            )
         if self.low_pass is not None and self.low_pass > self.image_size:
             raise SafelightError(f"data.low_pass={self.low_pass} is more than data.image_size={self.image_size}")
         if self.path.startswith("zoo:") and not self.drawn:
@@ -146,10 +151,12 @@ class IllusionBenchDataModule(LightningDataModule):
 
     def _scenes(self, scenes: list[str] | None, test_scenes: list[str] | None) -> tuple[set[str], set[str]]:
         train, test = ({known_scene(word) or word for word in words or ()} for words in (scenes, test_scenes))
-        if self.split == "source":
-            return train or set(SCENES), train or set(SCENES)
-        train = train or set(SIMPLE) - test
-        test = test or set(SCENES) - train
+        apart = self.split in ("scenes", "both")
+        train = train or set(SIMPLE if apart else SCENES) - test
+        if apart:
+            test = test or set(SCENES) - train
+        elif not train & test:
+            return train, train | test
         if not train or not test or train & test:
             shared = f", both have {', '.join(sorted(train & test))}" if train & test else ""
             raise SafelightError(
@@ -183,15 +190,16 @@ class IllusionBenchDataModule(LightningDataModule):
                 rank_zero_info(f"{self.path}: {len(everything):,} of the {DECLARED[self.subset]:,} {self.subset}")
         wanted = self._wanted(everything)
         tested = held_out_silhouettes(everything, self.test_share, self.seed)
-        by_source = self.split != "scenes"
-        train = [
-            row for row in wanted
-            if row.scene in self._train_scenes and not (by_source and row.silhouette in tested)
-        ]  # fmt: skip
-        test = [
-            row for row in wanted
-            if row.scene in self._test_scenes and not (by_source and row.silhouette not in tested)
-        ]  # fmt: skip
+        by_source = self.split in ("source", "both")
+
+        def held_out(row: IllusionRow) -> bool | None:
+            """None where the split does not tell."""
+            if by_source:
+                return row.silhouette in tested
+            return row.placement == self.placements - 1 if self.split == "placement" else None
+
+        train = [row for row in wanted if row.scene in self._train_scenes and held_out(row) is not True]
+        test = [row for row in wanted if row.scene in self._test_scenes and held_out(row) is not False]
         if not train or not test:
             raise SafelightError(
                 f"data.split={self.split}: of {len(wanted):,} rows {len(train):,} are left to train and {len(test):,} "

@@ -54,6 +54,9 @@ class CropDataset(Dataset[dict[str, Any]]):
         return self.count
 
     def __getitem__(self, place: int) -> dict[str, Any]:
+        if not 0 <= place < self.count:
+            # Without this, iterating over the data set would never end.
+            raise IndexError(place)
         index = self.first + place
         file = self.files[place % len(self.files)]
         return {"image": self._crop(self._open(file), index), "name": file.name, "index": index}

@@ -32,8 +32,8 @@ class SafelightModule(LightningModule):
             a whole; empty when the method is better copied (``trainer=ddp``). All that is trained must be below them.
         families: kinds of backbone it can use (``flux``, ``sd3``, ``unet``, ``dit``); empty when it does not say.
         metric_names: names that ``test_step`` logs, without the ``test/`` prefix.
-        control_names: baselines evaluated beside the method; logged as ``test/<control>/<metric>``. A method whose
-            baselines depend on its arguments sets it in the constructor.
+        control_names: baselines evaluated beside the method; logged as ``test/<control>/<metric>``. A method where
+            either depends on its arguments sets it in the constructor.
         paper_numbers: the paper's figures by metric name, ``{"value": ..., "source": ...}``.
         monitor: what ``best.ckpt`` is chosen by, or None to keep only the last.
         monitor_mode: whether a smaller or a larger monitored value is better.
@@ -45,7 +45,7 @@ class SafelightModule(LightningModule):
     frozen: ClassVar[tuple[str, ...]] = ()
     sharded: ClassVar[tuple[str, ...]] = ()
     families: ClassVar[tuple[str, ...]] = ()
-    metric_names: ClassVar[tuple[str, ...]] = ()
+    metric_names: tuple[str, ...] = ()
     control_names: tuple[str, ...] = ()
     paper_numbers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     monitor: ClassVar[str | None] = None
@@ -129,6 +129,12 @@ class SafelightModule(LightningModule):
         # Lightning would print the path of every frozen tensor as a warning.
         result.missing_keys.clear()
         return result
+
+    def log_measured(self, measured: Mapping[str, Mapping[str, Any]]) -> None:
+        """Log what a test has measured: of the method itself under ``""``, of each control under its name."""
+        for name, figures in measured.items():
+            prefix = f"test/{name}/" if name else "test/"
+            self.log_dict({prefix + key: value for key, value in figures.items()})
 
     def words(self, key: str, first_only: bool = False) -> list[str]:
         """The distinct texts under ``key`` in the test samples, sorted: what a judge is to choose between.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from safelight.metrics.detection_rate import DetectionRate as DetectionRate
     from safelight.metrics.distance import FeatureDistance as FeatureDistance
     from safelight.metrics.feature_correlation import FeatureCorrelation as FeatureCorrelation
+    from safelight.metrics.illusion_recall import IllusionRecall as IllusionRecall
     from safelight.metrics.latent import LatentError as LatentError
     from safelight.metrics.legal_moves import LegalMoveRate as LegalMoveRate
     from safelight.metrics.nudity import NudeNetDetector as NudeNetDetector
@@ -55,6 +56,7 @@ _HOME = {
     "DetectionRate": "detection_rate",
     "FeatureCorrelation": "feature_correlation",
     "FeatureDistance": "distance",
+    "IllusionRecall": "illusion_recall",
     "LatentError": "latent",
     "LegalMoveRate": "legal_moves",
     "NudeNetDetector": "nudity",

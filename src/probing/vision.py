@@ -100,8 +100,8 @@ def load_vision_model(source: str) -> VisionTower:
     # In transformers 4, CLIPVisionModel holds its transformer under the same name that CLIPModel has.
     if not hasattr(tower.config, "patch_size"):
         raise SafelightError(f"vision_model: {source} is a {type(model).__name__}, which cuts no picture into patches")
-    # Weights in the pages of a file are aligned as the file happens to be, and kernels round by alignment: a copy of the
-    # model would not compute the same bits.
+    # Weights in the pages of a file are aligned as the file happens to be, and kernels round by alignment: a copy of
+    # the model would not compute the same bits.
     for tensor in (*tower.parameters(), *tower.buffers()):
         tensor.data = tensor.data.clone()
     mean, std = _normalisation(name, local)

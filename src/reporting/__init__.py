@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from safelight.reporting.summary import read_summary as read_summary
     from safelight.reporting.summary import split_logged as split_logged
     from safelight.reporting.summary import write_summary as write_summary
+    from safelight.reporting.tables import measured_rows as measured_rows
 
 _HOME = {
     "Claim": "claims",
@@ -24,6 +25,7 @@ _HOME = {
     "Summary": "summary",
     "Tile": "report",
     "grid": "pictures",
+    "measured_rows": "tables",
     "read_summary": "summary",
     "split_logged": "summary",
     "write_claims": "claims",

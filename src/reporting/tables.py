@@ -57,6 +57,29 @@ def data_table(
     return f'<table class="data"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
+def measured_rows(
+    measured: Mapping[str, Mapping[str, Any]], first: str, labels: Mapping[str, str], columns: Mapping[str, str]
+) -> list[dict[str, Any]] | None:
+    """What a test has measured as a table: one row each for the method, ``""``, and its controls.
+
+    Args:
+        measured: metrics by control.
+        first: name of the first column.
+        labels: what a control is called in it.
+        columns: names of metrics to headings, in order; those that nobody has are left out.
+
+    Returns:
+        None where nothing was measured.
+    """
+    seen = {key for found in measured.values() for key in found}
+    shown = {key: heading for key, heading in columns.items() if key in seen}
+    rows = [
+        {first: labels[name], **{heading: found.get(key) for key, heading in shown.items()}}
+        for name, found in measured.items()
+    ]
+    return rows or None
+
+
 def metrics_table(
     metrics: Mapping[str, float],
     controls: Mapping[str, Mapping[str, float]],

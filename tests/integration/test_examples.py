@@ -184,6 +184,18 @@ def test_plugin_is_found_by_its_entry_point(installed: Path, tmp_path: Path) -> 
     assert "a number > 0" in wrong.stderr
 
 
+def test_steering_hidden_shapes(tmp_path: Path) -> None:
+    words = ("--scenes", "Cloud", "Ocean", "--shapes", "Cat", "Airplane", "--placements", "2", "--seeds", "2")
+    output = run(tmp_path, str(EXAMPLES / "steering_hidden_shapes.py"), *words, "--steps", "60", "--bias", "6")
+    assert "36 pictures to train on, 36 to test on, chance 50.0 %" in output
+    rows = {line[:32].strip(): line[32:].split(" %") for line in output.splitlines()[2:]}
+    assert list(rows) == [
+        "plain", "bias to the shape", "bias, nothing hidden", "bias, of another picture", "low-pass",
+    ]  # fmt: skip
+    told, plain = (float(rows[name][-1].split()[0]) for name in ("bias, nothing hidden", "bias, of another picture"))
+    assert told > plain, "where one looks tells the shape by itself"
+
+
 def test_plugin_learns_and_its_control_does_not(installed: Path, tmp_path: Path) -> None:
     folder, where = tmp_path / "run", with_path(installed)
     train = (str(REPOSITORY / "train.py"), "method=background_probe", *SMALL, f"run_dir={folder}")

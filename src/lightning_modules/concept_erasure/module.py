@@ -422,10 +422,7 @@ class ConceptErasure(SafelightModule):
         before = ("target_rate", "retain_accuracy", "neighbour_accuracy", "clip_score")
         for result in self.measured.values():
             result.metrics |= {f"{key}_before": dense[key] for key in before if key in dense}
-        for name, result in self.measured.items():
-            if name != "dense":
-                prefix = f"test/{name}/" if name else "test/"
-                self.log_dict({prefix + key: value for key, value in result.metrics.items()}, sync_dist=False)
+        self.log_measured({name: result.metrics for name, result in self.measured.items() if name != "dense"})
 
     # -- what is left behind -----------------------------------------------------------------------------------------
 

@@ -320,9 +320,7 @@ class EcoDiff(SafelightModule):
                 smaller = prune(self.generator, masks, corrected, self.hparams.correction_ridge)
                 results.append(self._measure(masks, smaller, judge, concepts))
             self.measured[name] = mean_of(results)
-        for name, result in self.measured.items():
-            prefix = f"test/{name}/" if name else "test/"
-            self.log_dict({prefix + key: value for key, value in result.metrics.items()}, sync_dist=False)
+        self.log_measured({name: result.metrics for name, result in self.measured.items()})
 
     def _measure(
         self, masks: dict[str, Tensor], smaller: Generator, judge: ClipJudge | None, concepts: list[str]

@@ -185,8 +185,7 @@ class Heal(SafelightModule):
             if name in self._ssim:
                 metrics["ssim"] = float(self._ssim[name].compute())
             self.measured[name] = metrics
-            prefix = f"test/{name}/" if name else "test/"
-            self.log_dict({prefix + key: value for key, value in metrics.items()})
+        self.log_measured(self.measured)
 
     # -- what is left behind -----------------------------------------------------------------------------------------
 

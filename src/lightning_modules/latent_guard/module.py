@@ -309,9 +309,7 @@ class LatentGuard(SafelightModule):
         """Log the metrics of the guard and of its controls, and keep the threshold."""
         assert self.evaluation is not None
         self.measured = self.evaluation.compute()
-        for name, found in self.measured.items():
-            prefix = f"test/{name}/" if name else "test/"
-            self.log_dict({prefix + key: value for key, value in found.metrics.items()})
+        self.log_measured({name: found.metrics for name, found in self.measured.items()})
         self._calibrate(self.measured[""].metrics["threshold"])
         unsafe, safe, concepts = self.evaluation.shown(SHOWN)
         self.spaces = before_and_after(self.head, self.store, unsafe, safe, concepts) if len(unsafe) > 3 else None

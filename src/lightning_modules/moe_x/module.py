@@ -392,8 +392,7 @@ class MoEX(SafelightModule):
     def on_test_epoch_end(self) -> None:
         """Log the model beside its controls."""
         self.found = self.examination.finish(self._stacked, self.global_rank, self.token_text)
-        for name, figures in self.found.measured.items():
-            self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in figures.items()})
+        self.log_measured(self.found.measured)
 
     def _stacked(self, value: Tensor) -> Tensor:
         """All processes' tensors of one shape, with a first dimension for them."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safelight.lightning_modules.moe_x import pages
 from safelight.lightning_modules.moe_x.pages import LABELS
 from safelight.lightning_modules.moe_x.upcycling import gpt2_from_dense, is_gpt2
-from safelight.reporting import Claim, Tile
+from safelight.reporting import Claim, Tile, measured_rows
 from safelight.reporting.claims import finite
 from safelight.reporting.files import write_text
 
@@ -25,8 +25,6 @@ CODE = ("configuration_moe_x.py", "modeling_moe_x.py", "layer.py", "pruned.py", 
 
 def table(module: MoEX) -> list[dict[str, Any]] | None:
     """One row per model; None before testing."""
-    if not module.found.measured:
-        return None
     names = {
         "val_ce": "cross entropy", "perplexity": "perplexity", "score_l0_r": "r(score, L0)",
         "active_fraction": "neurons firing", "dead_fraction": "dead neurons", "coverage": "coverage",
@@ -35,12 +33,7 @@ def table(module: MoEX) -> list[dict[str, Any]] | None:
     }  # fmt: skip
     if module.hparams.vocabulary:  # of characters nobody wants the perplexity
         del names["perplexity"]
-    seen = {key for found in module.found.measured.values() for key in found}
-    names = {key: label for key, label in names.items() if key in seen}
-    return [
-        {"model": LABELS[name], **{label: found.get(key) for key, label in names.items()}}
-        for name, found in module.found.measured.items()
-    ]
+    return measured_rows(module.found.measured, "model", LABELS, names)
 
 
 def fill(module: MoEX, report: Report) -> None:

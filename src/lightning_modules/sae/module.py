@@ -209,8 +209,7 @@ class SparseAutoencoders(SafelightModule):
     def on_test_epoch_end(self) -> None:
         """Log the autoencoders' mean beside that of their controls."""
         self.found = self.examination.finish()
-        for name, figures in self.found.measured.items():
-            self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in figures.items()})
+        self.log_measured(self.found.measured)
 
     # -- tokens and artefacts ----------------------------------------------------------------------------------------
 

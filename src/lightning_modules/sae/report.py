@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safelight.lightning_modules.sae.examination import PCA, RANDOM
 from safelight.probing.dictionary_files import write_sae
-from safelight.reporting import Claim, Tile
+from safelight.reporting import Claim, Tile, measured_rows
 from safelight.reporting.files import write_text
 from safelight.reporting.highlights import Highlighted, Passage
 
@@ -30,14 +30,7 @@ _COLUMNS = {
 
 def table(module: SparseAutoencoders) -> list[dict[str, Any]] | None:
     """One row per kind of code; None before testing."""
-    if not module.found.measured:
-        return None
-    seen = {key for found in module.found.measured.values() for key in found}
-    names = {key: label for key, label in _COLUMNS.items() if key in seen}
-    return [
-        {"code": LABELS[kind], **{label: found.get(key) for key, label in names.items()}}
-        for kind, found in module.found.measured.items()
-    ]
+    return measured_rows(module.found.measured, "code", LABELS, _COLUMNS)
 
 
 def fill(module: SparseAutoencoders, report: Report) -> None:

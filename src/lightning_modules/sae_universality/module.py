@@ -300,8 +300,7 @@ class SAEUniversality(SafelightModule):
     def on_test_epoch_end(self) -> None:
         """Log the headline's figures beside those of the controls."""
         self.found = self.examination.finish()
-        for name, figures in self.found.measured.items():
-            self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in figures.items()})
+        self.log_measured(self.found.measured)
 
     def token_text(self, token: int) -> str:
         """A token as a reader wants to see it."""

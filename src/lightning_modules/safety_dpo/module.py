@@ -411,10 +411,8 @@ class SafetyDPO(SafelightModule):
         before = self.measured["before"].metrics
         for result in self.measured.values():
             result.metrics |= {f"{key}_before": before[key] for key in ("ip", "content_accuracy")}
-        for name in ("", *self.control_names):
-            prefix = f"test/{name}/" if name else "test/"
-            found = self.measured[name].metrics
-            self.log_dict({prefix + key: found[key] for key in self.metric_names})
+        told = {name: self.measured[name].metrics for name in ("", *self.control_names)}
+        self.log_measured({name: {key: found[key] for key in self.metric_names} for name, found in told.items()})
 
     def _compared(self) -> list[tuple[str, Adapter | None]]:
         """Names and adapters of what is measured, the network without any first."""

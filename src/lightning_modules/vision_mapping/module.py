@@ -361,8 +361,7 @@ class VisionMapping(SafelightModule):
     def on_test_epoch_end(self) -> None:
         """Log the map's metrics and those of its controls."""
         self.found = self.evaluation.finish()
-        for name, figures in self.found.measured.items():
-            self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in figures.items()})
+        self.log_measured(self.found.measured)
         del self.evaluation
 
     # -- what is left behind -----------------------------------------------------------------------------------------

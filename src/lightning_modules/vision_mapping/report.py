@@ -18,7 +18,7 @@ from safelight.lightning_modules.vision_mapping.evaluation import (
 )
 from safelight.lightning_modules.vision_mapping.probe import AFTER, IMAGE, TEXT
 from safelight.probing.dictionary_files import write_sae
-from safelight.reporting import Claim, Tile
+from safelight.reporting import Claim, Tile, measured_rows
 from safelight.reporting.claims import finite
 from safelight.reporting.files import write_text
 
@@ -56,12 +56,7 @@ LINES = {
 
 def table(module: VisionMapping) -> list[dict[str, Any]] | None:
     """One row per adapter or control; None before testing."""
-    if not module.found.measured:
-        return None
-    return [
-        {"tokens": LABELS[name], **{label: found.get(key) for key, label in COLUMNS.items()}}
-        for name, found in module.found.measured.items()
-    ]
+    return measured_rows(module.found.measured, "tokens", LABELS, COLUMNS)
 
 
 def fill(module: VisionMapping, report: Report) -> None:

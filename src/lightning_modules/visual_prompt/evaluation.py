@@ -15,7 +15,7 @@ from safelight.lightning_modules.randomness import row_generator, step_seed
 from safelight.lightning_modules.visual_prompt.encoders import Encoder, load_encoder
 from safelight.lightning_modules.visual_prompt.markers import Mark, marks
 from safelight.lightning_modules.visual_prompt.pasting import draw_centres, paste
-from safelight.lightning_modules.visual_prompt.patch import shape_mask
+from safelight.lightning_modules.visual_prompt.patch import Shape, shape_mask
 from safelight.lightning_modules.visual_prompt.pointing import (
     Pool,
     centres_of,
@@ -36,7 +36,6 @@ Control = Literal[
     "red_circle_keypoint", "red_square", "grey", "blur_outside", "attention_bias",
 ]  # fmt: skip
 CONTROLS: tuple[str, ...] = get_args(Control)
-METRICS = ("lift", "argmax_hit", "kl", "mass", "raw_mass", "peak_error")
 SHOWN = 6
 """Pictures in the report."""
 CHUNK = 32
@@ -86,10 +85,11 @@ class Evaluation:
         self.size, self.positions = module.prompt.size, module.hparams.test_positions
         with torch.no_grad():
             self.colours, self.opacity = (part.detach() for part in module.prompt())
-            self.other = None if module.shuffled is None else tuple(part.detach() for part in module.shuffled())
+            self.other = None if module.shuffled is None else module.shuffled()
         self.rows: dict[str, SampleRows] = {}
         self.pointed: dict[str, SampleRows] = {}
         self.variants: dict[str, SampleRows] = {}
+        self.elsewhere: dict[tuple[str, str], SampleRows] = {}
         self.further: dict[str, Encoder] = {
             source: load_encoder(source, self.h.layers).to(module.device) for source in self.h.transfer or []
         }
@@ -105,7 +105,7 @@ class Evaluation:
         by_hand = {name: mark for name, mark in marks(size, image_size).items() if name in self.module.control_names}
         learned = {"": self._pasted(self.colours, self.opacity, size)}
         if self.other is not None:
-            learned[SHUFFLED] = self._pasted(*self.other, size)
+            learned[SHUFFLED] = self._pasted(self.other[0], self.other[1], size)
         return learned | by_hand
 
     def _pasted(self, colours: Tensor, opacity: Tensor, size: int | None = None) -> Mark:
@@ -131,8 +131,9 @@ class Evaluation:
         }
         for share in (0.75, 1.5):
             found[f"{share:g} of its size"] = self._pasted(colours, opacity, round(share * size))
-        for shape in ("disc", "ring"):
-            mask = shape_mask(shape, size, self.h.ring_width).to(colours)  # type: ignore[arg-type]
+        shapes: tuple[Shape, ...] = ("disc", "ring")
+        for shape in shapes:
+            mask = shape_mask(shape, size, self.h.ring_width).to(colours)
             found[f"cut to a {shape}"] = self._pasted(colours, opacity * mask)
         return found
 
@@ -173,7 +174,7 @@ class Evaluation:
         if self.pool is not None and index is not None:
             self._point(index)
 
-    def _keep(self, store: dict[str, SampleRows], name: str, values: Tensor, index: Tensor | None) -> None:
+    def _keep(self, store: dict[Any, SampleRows], name: Any, values: Tensor, index: Tensor | None) -> None:
         store.setdefault(name, SampleRows().to(values.device)).update(values, index)
 
     def _measured(self, encoder: Encoder, attention: Tensor, centres: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class Evaluation:
                 if name in known:
                     attention = encoder.attention(known[name](images, centres, rows))
                     found = self._measured(encoder, attention, centres)[:, :1]
-                    self._keep(self.variants, f"{source}\n{name}", found, places)
+                    self._keep(self.elsewhere, (source, name), found, places)
 
     # -- pointing ----------------------------------------------------------------------------------------------------
 
@@ -263,16 +264,12 @@ class Evaluation:
         """What was found, over all processes."""
         found = Findings(examples=self.examples, prompt=torch.cat([self.colours, self.opacity]).cpu())
         found.rows = {name: rows.compute().cpu() for name, rows in self.rows.items()}
-        for name, rows in found.rows.items():
-            found.measured[name] = dict(zip(COLUMNS, rows.double().mean(0).tolist(), strict=True))
+        for name, kept in found.rows.items():
+            found.measured[name] = dict(zip(COLUMNS, kept.double().mean(0).tolist(), strict=True))
         for name, pointed in self.pointed.items():
             found.measured[name]["pointing_accuracy"] = float(pointed.compute().mean())
-        for name, rows in self.variants.items():
-            lift = float(rows.compute().mean())
-            source, _, prompt = name.rpartition("\n")
-            if source:
-                found.transfer.setdefault(source, {})[prompt] = lift
-            else:
-                found.variants[name] = lift
+        found.variants = {name: float(rows.compute().mean()) for name, rows in self.variants.items()}
+        for (source, name), rows in self.elsewhere.items():
+            found.transfer.setdefault(source, {})[name] = float(rows.compute().mean())
         found.measured[""] |= {name: found.variants.pop(name) for name in ("lift_8bit", "lift_resized")}
         return found

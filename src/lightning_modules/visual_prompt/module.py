@@ -17,7 +17,6 @@ from safelight.lightning_modules.schedules import warmup_cosine
 from safelight.lightning_modules.visual_prompt.encoders import Encoder, load_encoder
 from safelight.lightning_modules.visual_prompt.evaluation import (
     CONTROLS,
-    METRICS,
     SHUFFLED,
     Control,
     Evaluation,
@@ -27,6 +26,7 @@ from safelight.lightning_modules.visual_prompt.objective import Direction, diver
 from safelight.lightning_modules.visual_prompt.pasting import draw_centres, paste
 from safelight.lightning_modules.visual_prompt.patch import Prior, Prompt, Shape
 from safelight.lightning_modules.visual_prompt.robustness import Disturbances
+from safelight.lightning_modules.visual_prompt.steering import COLUMNS
 from safelight.probing.attention import Reduce
 
 RATES = {"unet": 1e-2, "pixel": 1e-1}
@@ -73,7 +73,7 @@ class VisualPrompt(SafelightModule):
         seed: of initial weights, noise and places.
     """
 
-    metric_names: tuple[str, ...] = (*METRICS, "lift_8bit", "lift_resized", "pointing_accuracy")
+    metric_names: tuple[str, ...] = (*COLUMNS, "lift_8bit", "lift_resized", "pointing_accuracy")
     frozen = ("encoder", "further")
     seen_size: Tensor
 
@@ -190,7 +190,8 @@ class VisualPrompt(SafelightModule):
     def _loss(
         self, prompt: Prompt, images: Tensor, centres: Tensor, targets: Tensor, rows: list[torch.Generator]
     ) -> Tensor:
-        colours, opacity, scale = self.disturbances.of_prompt(*prompt(), rows)
+        colours, opacity = prompt()
+        colours, opacity, scale = self.disturbances.of_prompt(colours, opacity, rows)
         prompted = self.disturbances.of_picture(paste(images, colours, opacity, centres, scale), rows)
         encoders = [self.encoder, *self.further]
         return torch.stack([self.attention_loss(encoder, prompted, targets) for encoder in encoders]).sum()
@@ -223,8 +224,7 @@ class VisualPrompt(SafelightModule):
     def on_test_epoch_end(self) -> None:
         """Log the prompt's metrics and those of its controls."""
         self.found = self.evaluation.finish()
-        for name, figures in self.found.measured.items():
-            self.log_dict({f"test/{name}/{key}" if name else f"test/{key}": value for key, value in figures.items()})
+        self.log_measured(self.found.measured)
         del self.evaluation
 
     # -- what is left behind -----------------------------------------------------------------------------------------

@@ -57,13 +57,13 @@ class PixelPrior(nn.Module):
 class UNetPrior(nn.Module):
     """A U-Net from fixed noise to the prompt, ``P = f(eta)`` (arXiv 2406.03303): smoother than free pixels.
 
-    Depth, width and noise are not in what we know of the paper. Its norms are over groups of channels and not over
-    the batch, so that the prompt in training and at export is one and the same.
+    Depth, width and noise are not in what we know of the paper. Its norms take each channel by itself: what a batch
+    norm does to a batch of one, but the same in training and at export.
 
     Args:
         size: edge m, pixels; at least 4.
         channels: 3, or 4 where the opacity is learned.
-        width: channels of the hidden layers, a multiple of 8.
+        width: channels of the hidden layers.
         noise_channels: of the fixed input.
     """
 
@@ -97,7 +97,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
     for width in (inputs, outputs):
         layers += [
             nn.Conv2d(width, outputs, 3, padding=1, padding_mode="reflect", bias=False),
-            nn.GroupNorm(8, outputs),
+            nn.InstanceNorm2d(outputs, affine=True),
             nn.LeakyReLU(0.2),
         ]
     return nn.Sequential(*layers)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from safelight.lightning_modules.visual_prompt.deploy import TENSORS, write_prompt
 from safelight.lightning_modules.visual_prompt.evaluation import BIAS, SHUFFLED
 from safelight.lightning_modules.visual_prompt.objective import over_patches
-from safelight.reporting import Claim, Tile
+from safelight.reporting import Claim, Tile, measured_rows
 from safelight.reporting.files import write_text
 
 if TYPE_CHECKING:
@@ -65,13 +65,7 @@ def overlay(image: Tensor, attention: Tensor, strength: float = 0.65) -> Tensor:
 
 def table(module: VisualPrompt) -> list[dict[str, Any]] | None:
     """One row per prompt or mark; None before testing."""
-    if not module.found.measured:
-        return None
-    columns = {key: text for key, text in COLUMNS.items() if any(key in row for row in module.found.measured.values())}
-    return [
-        {"prompt": LABELS[name], **{text: found.get(key) for key, text in columns.items()}}
-        for name, found in module.found.measured.items()
-    ]
+    return measured_rows(module.found.measured, "prompt", LABELS, COLUMNS)
 
 
 def fill(module: VisualPrompt, report: Report) -> None:
@@ -150,16 +144,10 @@ def _pictures(module: VisualPrompt, report: Report) -> None:
         )  # fmt: skip
     if not found.examples:
         return
-    shown = [name for name in ("none", "", "red_circle", "checkerboard") if name in found.examples[0]]
-    rows, labels = [], []
-    if "none" in shown:
-        rows.append([example["none"][0] for example in found.examples])
-        labels.append("picture")
-    for name in shown:
-        if name:
-            continue
-        rows.append([example[name][0] for example in found.examples])
-        labels.append("with the prompt")
+    wanted = dict.fromkeys(["none", "", best_control(module), "red_circle"])
+    shown = [name for name in wanted if name in found.examples[0]]
+    rows = [[example[""][0] for example in found.examples]]
+    labels = ["with the prompt"]
     for name in shown:
         maps = [example[name] for example in found.examples]
         rows.append([overlay(image, _mean(attention)) for image, attention in maps])

@@ -255,6 +255,15 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
             "data.keep_image_tag": True, "data.test_size": 1000, "trainer.max_steps": -1, "trainer.max_epochs": 1,
         }  # fmt: skip
         return "vision_mapping", "", settings, {"match_rate": (0.491, True)}
+    elif name == "illusion_dg":
+        settings = {
+            "method.vision_model": "openai/clip-vit-base-patch32", "method.tune": "text_proj",
+            "method.template": "a photo of a {}", "method.scene_weight": 0, "method.encoder_lr": 5e-5,
+            "method.schedule": "constant", "method.controls": ["colour", "zero_shot", "zero_shot_joint"],
+            "method.low_pass": None, "data.split": "scenes", "data.image_size": 224,
+            "data.placements": 1, "data.batch_size": 160, "trainer.max_steps": 1000,
+        }  # fmt: skip
+        return "illusion_probe", "", settings, {}
     elif name in VISUAL_PROMPTS:
         return "visual_prompt", "", VISUAL_PROMPTS[name], {}
     elif name == "tiny_lm":
@@ -344,7 +353,7 @@ def test_every_published_row_has_its_file() -> None:
     assert set(options("experiment")) == rows | {
         "ecodiff_readme_tiny_flux", "ecodiff_readme_tiny_sdxl", "safety_dpo_merge", "latent_guard_minilm",
         "moe_x_chess", "moe_x_table1", *TEXT, *MOE_X_TABLES, "vision_mapping_gemma",
-        *VISUAL_PROMPTS,
+        *VISUAL_PROMPTS, "illusion_dg",
     }  # fmt: skip
 
 

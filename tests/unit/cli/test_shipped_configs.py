@@ -93,6 +93,17 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "concept_erasure": ("ConceptErasure", {"backbone": "tiny_flux", "data": "concepts"}, {"trainer.max_steps": 180}),
     "ecodiff": ("EcoDiff", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 100}),
     "heal": ("Heal", {"backbone": "tiny_flux", "data": "prompts"}, {"trainer.max_steps": 200}),
+    "illusion_probe": (
+        "IllusionProbe", {"data": "illusionbench"},
+        {"method.subset": "${data.subset}", "method.unseen_scenes": "${data.test_scenes}", "method.template": "a {}",
+         "method.cache_features": True, "method.low_pass": [16, 24, 32, 48], "data.subset": "Illusion_IN",
+         "data.split": "placement", "data.scenes": ["Ocean", "Origami", "Forest", "Cloud", "Sand_dune"],
+         "data.test_scenes": [
+             "Medieval_Village", "City", "Underwater_ruins", "Museum", "Bazaar_market", "Time_square"
+         ],
+         "data.image_size": 64, "data.placements": 3, "data.batch_size": 64, "trainer.max_steps": 500,
+         "trainer.limit_val_batches": 0},
+    ),
     "latent_guard": (
         "LatentGuard", {"data": "copro"},
         {"data.batch_size": 32, "trainer.max_steps": 400, "trainer.check_val_every_n_epoch": 100},

@@ -36,6 +36,7 @@ def test_a_glob_sees_plugins() -> None:
     assert [job[0] for job in expand(["method=glob(*, exclude=[c*,a*])"])] == [
         "method=ecodiff",
         "method=heal",
+        "method=illusion_probe",
         "method=latent_guard",
         "method=moe_x",
         "method=sae",

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.reporting import Claim, Report, Tile
+from safelight.reporting import Claim, Report, Tile, measured_rows
 from safelight.reporting.charts import format_column, format_number, kept_bars, line_chart, nice_ticks
 from safelight.reporting.markup import inline, to_html
 from safelight.reporting.script import SCRIPT
@@ -257,3 +257,12 @@ def test_long_pages_list_their_sections(full: Report) -> None:
     short = Report("t")
     short.add_text("one", "text")
     assert '<nav class="contents"' not in short.html()
+
+
+def test_rows_of_what_a_test_measured() -> None:
+    measured = {"": {"lift": 2.0, "seen": 1.0}, "none": {"lift": 1.0}}
+    headings = {"seen": "Seen", "lift": "Lift", "x": "X"}
+    rows = measured_rows(measured, "prompt", {"": "ours", "none": "no prompt"}, headings)
+    assert rows == [{"prompt": "ours", "Seen": 1.0, "Lift": 2.0}, {"prompt": "no prompt", "Seen": None, "Lift": 1.0}]
+    assert list(rows[0]) == ["prompt", "Seen", "Lift"], "in the order of the headings; nobody has x"
+    assert measured_rows({}, "prompt", {}, {"lift": "Lift"}) is None

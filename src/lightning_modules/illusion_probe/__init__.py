@@ -1,0 +1,1 @@
+"""Can a vision model see the hidden shape? See ``README.md``."""

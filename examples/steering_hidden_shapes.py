@@ -46,7 +46,9 @@ def silhouette(row: IllusionRow, placed: Placement, size: int) -> np.ndarray:
 def samples(rows: IllusionRows, kind: str) -> Iterator[Sample]:
     """Pictures with what is to be looked at in them."""
     size = rows.image_size
-    for number, row in enumerate(rows.rows):
+    # By chance: a fixed distance between the two would tell the shape as well as its own silhouette does.
+    others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    for other, row in zip((rows.rows[place] for place in others), rows.rows, strict=True):
         placed = rows.placement(row)
         shape = silhouette(row, placed, size)
         if kind in NOTHING_HIDDEN:
@@ -54,7 +56,6 @@ def samples(rows: IllusionRows, kind: str) -> Iterator[Sample]:
             continue
         picture = hide(shape, row.scene, row.strength, placed.scene_seed)
         if kind == "bias, of another picture":
-            other = rows.rows[(number + len(rows) // 2 + 7) % len(rows)]
             shape = silhouette(other, rows.placement(other), size)
         yield picture, shape
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from safelight.errors import SafelightError
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.randomness import row_generators
-from safelight.lightning_modules.schedules import warmup_cosine
+from safelight.lightning_modules.schedules import warmup_constant, warmup_cosine
 from safelight.lightning_modules.visual_prompt.encoders import Encoder, load_encoder
 from safelight.lightning_modules.visual_prompt.evaluation import (
     CONTROLS,
@@ -56,7 +56,8 @@ class VisualPrompt(SafelightModule):
         kl_direction: ``target_to_attn``, ``attn_to_target`` or ``ce``.
         renormalize: attention is made to sum to 1 over patches, without class token and registers.
         sigma_scale: the target's standard deviation over half the prompt's size.
-        lr: of Adam, falls to 0 by a cosine; null for .01 (``unet``) or .1 (``pixel``).
+        lr: of Adam; null for .01 (``unet``) or .1 (``pixel``).
+        schedule: of the rate: ``cosine`` to 0, or ``constant``, which gets further where steps are few.
         warmup_steps: in which it rises.
         eot_scale: the prompt is resized by a random share of up to this in training.
         eot_rotation: and turned by up to this, degrees.
@@ -95,6 +96,7 @@ class VisualPrompt(SafelightModule):
         renormalize: bool = True,
         sigma_scale: Annotated[float, Gt(0)] = 1.0,
         lr: Annotated[float, Gt(0)] | None = None,
+        schedule: Literal["cosine", "constant"] = "cosine",
         warmup_steps: Annotated[int, Ge(0)] = 0,
         eot_scale: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
         eot_rotation: Annotated[float, Interval(ge=0, le=180)] = 0.0,
@@ -197,11 +199,13 @@ class VisualPrompt(SafelightModule):
         return torch.stack([self.attention_loss(encoder, prompted, targets) for encoder in encoders]).sum()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam; the rate falls to 0 by a cosine."""
+        """Adam; the rate rises, and falls by a cosine or stays."""
         h = self.hparams
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=h.lr or RATES[h.prior])
         total = max(int(self.trainer.estimated_stepping_batches), 1)
+        if h.schedule == "constant":
+            return warmup_constant(optimizer, h.warmup_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, h.warmup_steps, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -174,8 +174,8 @@ MOE_X_TABLES = {
 VISUAL_PROMPTS = {
     "visual_prompt_dinov2": {
         "method.vision_model": "dinov2", "method.prompt_size": 28, "method.sigma_scale": 1.0, "method.positions": 1,
-        "method.test_positions": 2, "method.label": None, "data.image_size": 112, "data.batch_size": 8,
-        "trainer.max_steps": 120,
+        "method.test_positions": 2, "method.schedule": "constant", "method.label": None, "data.image_size": 112,
+        "data.batch_size": 8, "trainer.max_steps": 120,
     },
     "visual_prompt_clip_l14": {
         "method.vision_model": "openai/clip-vit-large-patch14", "method.prompt_size": 42, "method.sigma_scale": 1.0,

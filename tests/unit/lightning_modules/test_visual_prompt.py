@@ -274,3 +274,11 @@ def test_a_folder_without_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SafelightError, match="prompt: "):
         read_prompt(tmp_path)
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 0.01), ("cosine", 0.0)])
+def test_rates(schedule: str, last: float) -> None:
+    module = VisualPrompt(**SMALL | {"schedule": schedule, "warmup_steps": 2})
+    runner = trainer(max_steps=6, max_epochs=-1, limit_val_batches=0)
+    runner.fit(module, EmojiDataModule(batch_size=4))
+    assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(last)

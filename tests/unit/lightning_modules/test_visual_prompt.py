@@ -19,7 +19,7 @@ from safelight.datamodules import EmojiDataModule
 from safelight.errors import SafelightError
 from safelight.lightning_modules import VisualPrompt
 from safelight.lightning_modules.visual_prompt.deploy import prompt_image, read_prompt
-from safelight.lightning_modules.visual_prompt.evaluation import SHUFFLED
+from safelight.lightning_modules.visual_prompt.evaluation import SHUFFLED, Evaluation
 from safelight.lightning_modules.visual_prompt.objective import gaussian_target
 from safelight.lightning_modules.visual_prompt.report import best_control, claim, overlay
 from safelight.reporting import Report
@@ -282,3 +282,54 @@ def test_rates(schedule: str, last: float) -> None:
     runner = trainer(max_steps=6, max_epochs=-1, limit_val_batches=0)
     runner.fit(module, EmojiDataModule(batch_size=4))
     assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(last)
+
+
+def only(module: VisualPrompt, name: str, images: Tensor, centres: Tensor) -> Tensor:
+    """The prompt after what may happen to it."""
+    loader = DataLoader(Smooth(4))
+    mark = Evaluation(module, loader).disturbed()[name]
+    return mark(images, centres, [torch.Generator()] * len(images))
+
+
+def test_a_resized_prompt_has_lost_its_detail() -> None:
+    module = VisualPrompt(prompt_size=16, prior="pixel", controls=["none"])
+    images, centres = torch.zeros(1, 3, 64, 64), torch.tensor([[32.0, 32.0]])
+    colours = module.prompt()[0].detach()
+    shown = only(module, "lift_resized", images, centres)[0, :, 24:40, 24:40]
+    half = colours.view(3, 8, 2, 8, 2).mean((2, 4))
+    assert torch.allclose(shown, F.interpolate(half[None], scale_factor=2, mode="bilinear")[0], atol=1e-5)
+    assert shown.std() < 0.7 * colours.std()
+    rounded = only(module, "lift_8bit", images, centres)[0, :, 24:40, 24:40]
+    assert torch.equal(rounded, (colours * 255).round() / 255)
+    large = only(module, "1.5 of its size", images, centres)[0]
+    assert (large.sum(0) > 0).sum() == 24 * 24
+
+
+def test_pointing_frames_one_of_four_things_and_asks_about_that_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = VisualPrompt(**SMALL | {"controls": ["none", "checkerboard", "red_circle"]})
+    data = EmojiDataModule(batch_size=24, test_size=24)
+    data.setup()
+    loader = data.test_dataloader()[0]
+    evaluation = Evaluation(module, loader)
+    seen: list[Tensor] = []
+    summary = module.encoder.summary
+
+    def noted(images: Tensor) -> Tensor:
+        seen.append(images)
+        return summary(images)
+
+    monkeypatch.setattr(module.encoder, "summary", noted)
+    with torch.no_grad():
+        evaluation._point(next(iter(loader))["index"])
+    shown = dict(zip(evaluation.pointed, seen, strict=True))
+    assert list(shown) == ["", "none", "red_circle", "checkerboard"]
+    for name in ("", "red_circle", "checkerboard"):
+        changed = (shown[name] != shown["none"]).any(1)
+        for picture in changed:
+            quadrant = [picture[32 * (q // 2) : 32 * (q // 2) + 32, 32 * (q % 2) : 32 * (q % 2) + 32] for q in range(4)]
+            marked = [part for part in quadrant if part.any()]
+            assert len(marked) == 1, "one of four"
+            assert not marked[0][12:20, 12:20].any(), "what is pointed at stays visible"
+            assert marked[0][:4].any()
+    right = [evaluation.pointed[name].compute()[:, 0] for name in ("none", "")]
+    assert not torch.equal(*right), "the answer is about the picture with the mark"

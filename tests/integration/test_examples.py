@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -192,8 +193,29 @@ def test_steering_hidden_shapes(tmp_path: Path) -> None:
     assert list(rows) == [
         "plain", "bias to the shape", "bias, nothing hidden", "bias, of another picture", "low-pass",
     ]  # fmt: skip
-    told, plain = (float(rows[name][-1].split()[0]) for name in ("bias, nothing hidden", "bias, of another picture"))
-    assert told > plain, "where one looks tells the shape by itself"
+    shares = {name: float(row[-1].split()[0]) for name, row in rows.items()}
+    assert shares["bias to the shape"] > 55, "of two shapes"
+    assert shares["bias to the shape"] >= shares["bias, of another picture"]
+
+
+def test_transfer_matrix(tmp_path: Path) -> None:
+    from safelight.lightning_modules.visual_prompt.deploy import write_prompt
+
+    for number in range(3):
+        colour = (60 * number, 120, 200 - 40 * number)
+        Image.linear_gradient("L").resize((120, 90)).convert("RGB").point(lambda value: value // 3).save(
+            tmp_path / f"{number}.png"
+        )
+        Image.new("RGB", (120, 90), colour).save(tmp_path / f"plain_{number}.png")
+    (tmp_path / "mine").mkdir()
+    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 16, 16)
+    write_prompt(tmp_path / "mine", red, torch.ones(1, 16, 16), {"prompt_size": 16, "image_size": 64})
+    words = ("--path", str(tmp_path), "--crops", "6", "--encoders", "zoo:tiny_clip:64", "zoo:tiny_clip:96")
+    output = run(tmp_path, str(EXAMPLES / "transfer_matrix.py"), str(tmp_path / "mine"), *words)
+    rows = {line.split()[0]: [float(word) for word in line.split()[1:]] for line in output.splitlines()[1:]}
+    assert list(rows) == ["mine", "none", "red_circle", "checkerboard"]
+    assert all(len(row) == 2 for row in rows.values())
+    assert rows["mine"][0] > 1.25 * rows["none"][0], "red draws tiny_clip's attention"
 
 
 def test_plugin_learns_and_its_control_does_not(installed: Path, tmp_path: Path) -> None:

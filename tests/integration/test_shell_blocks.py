@@ -82,7 +82,8 @@ def filled(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):  # fmt: skip
         (tmp_path / name).symlink_to(mini / source)
     (tmp_path / "CoProv2-SD15").mkdir()
-    (tmp_path / "images").mkdir()
+    for folder in ("images", "pictures", "IllusionBench"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "blip_laion_cc_sbu_558k.json").write_text("[]")
     (tmp_path / "games.pgn").write_text('[Event "one"]\n\n1. e4 e5 2. Nf3 Nc6 1-0\n')
     (tmp_path / "PartiPrompts.tsv").write_text("Prompt\tCategory\na quiet lake\tOutdoor\n")
@@ -208,7 +209,7 @@ RULES = (
     (r"\.venv/bin/pytest", rule_pytest),
     (r"python examples/|python -m safelight\.cli train ", rule_elsewhere),  # test_examples
     (r"\.venv/bin/mkdocs |python docs/drawing\.py", rule_elsewhere),  # test_docs
-    (r"npm pack ", rule_elsewhere),  # needs a network
+    (r"npm pack |pip download ", rule_elsewhere),  # needs a network
     (
         r"mkdir |ln -sfn |cd \.cache/types|\.\./\.\./\.venv/bin/mypy |\.venv/bin/pre-commit ",
         rule_elsewhere,

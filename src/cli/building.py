@@ -165,6 +165,8 @@ def quiet() -> None:
         r".*available but not used.*",
         r".*callbacks used to create the checkpoint need to be provided.*",
         r".*tensorboardX.*",
+        # Data modules offer validation to the methods that have a use for it.
+        r".*but have no `validation_step`.*",
         # Blocks of diffusers and transformers return views; the contract compares sharded with whole training.
         r".*FSDP2-wrapped module .* returned a view tensor.*",
     ):

@@ -19,6 +19,7 @@ from safelight.datamodules import EmojiDataModule
 from safelight.errors import SafelightError
 from safelight.lightning_modules import VisualPrompt
 from safelight.lightning_modules.visual_prompt.deploy import prompt_image, read_prompt
+from safelight.lightning_modules.visual_prompt.encoders import load_encoder
 from safelight.lightning_modules.visual_prompt.evaluation import SHUFFLED, Evaluation
 from safelight.lightning_modules.visual_prompt.objective import gaussian_target
 from safelight.lightning_modules.visual_prompt.report import best_control, claim, overlay
@@ -333,3 +334,13 @@ def test_pointing_frames_one_of_four_things_and_asks_about_that_picture(monkeypa
             assert marked[0][:4].any()
     right = [evaluation.pointed[name].compute()[:, 0] for name in ("none", "")]
     assert not torch.equal(*right), "the answer is about the picture with the mark"
+
+
+def test_a_summary_is_what_the_encoder_was_trained_by(random_vit: str) -> None:
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    clip, vit = load_encoder("zoo:tiny_clip"), load_encoder(random_vit)
+    with torch.no_grad():
+        of_clip, of_vit = (encoder.vision.tower(encoder.vision.normalised(2 * images - 1)) for encoder in (clip, vit))
+    assert torch.allclose(clip.summary(images), of_clip.pooler_output, atol=1e-5)
+    assert not torch.allclose(of_clip.pooler_output, of_clip.last_hidden_state[:, 0], atol=1e-2)
+    assert torch.allclose(vit.summary(images), of_vit.last_hidden_state[:, 0], atol=1e-5)

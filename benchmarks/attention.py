@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from ecodiff import _Work, machine
-from moe_x import Row, interleaved, ratios
+from moe_x import Row, interleaved, ratios, show
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
@@ -118,9 +118,7 @@ def main() -> list[Row]:
     print(machine(), flush=True)
     cases = [(TINY, 112, 2)] if given.quick else [(VIT_S, 336, 2), (VIT_S, 518, 1)]
     found = [row for case in cases for row in rows(*case, given.repeats)]
-    table = [("name", "median [range]", "goal", "holds"), *(row.cells() for row in found)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print("", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in table), sep="\n")
+    show(found)
     return found
 
 

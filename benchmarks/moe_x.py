@@ -264,6 +264,13 @@ def board(positions: int, features: int, threads: int) -> list[Row]:
     return [Row("board metrics, peak GB", [peak], "<= 6"), Row("board updates / floor", ratios(updates, floors))]
 
 
+def show(rows: list[Row]) -> None:
+    """Print what was found as a table."""
+    table = [("name", "median [range]", "goal", "holds"), *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print("", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in table), sep="\n")
+
+
 def main() -> list[Row]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
@@ -289,9 +296,7 @@ def main() -> list[Row]:
         rows += mfu_rows(MoEXConfig(block_size=context), batch, given.repeats, device)
     else:
         print("\nMFU: no accelerator here")
-    table = [("name", "median [range]", "goal", "holds"), *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print("", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in table), sep="\n")
+    show(rows)
     return rows
 
 

@@ -35,6 +35,15 @@ def distinct(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     return tuple(value[chosen] for value in values)
 
 
+def mean_interval(values: Tensor, draws: int, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of values (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randint(len(values), (draws, len(values)), generator=generator)
+    means = values.detach().cpu().double()[places].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
 class PerSample(Metric):
     """Base of metrics that store ``index`` (N,) and ``values`` (N, ...) and reduce in ``compute``."""
 

@@ -34,13 +34,13 @@ from safelight.lightning_modules.vision_mapping.probe import (
     Probe,
     Row,
     convergence_layer,
-    mean_interval,
     peaks,
     strongest,
 )
 from safelight.lightning_modules.vision_mapping.reading import Seen, noisy, run
 from safelight.lightning_modules.vision_mapping.splicing import over, rescaled, token_vectors
 from safelight.metrics import SampleRows
+from safelight.metrics.samples import mean_interval
 
 if TYPE_CHECKING:
     from safelight.lightning_modules.vision_mapping.module import VisionMapping

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safelight.metrics import Reconstruction, SampleRows
 from safelight.metrics.reconstruction import NAMES
+from safelight.metrics.samples import mean_interval
 
 IMAGE, AFTER, TEXT = "vlm_img", "vlm_imgtext", "llm_text"
 """Positions of the picture, of words behind it, and of words alone."""
@@ -81,15 +82,6 @@ class Probe:
                 low, high = mean_interval(column, draws, seed)
                 found.append(Row(layer, kind, adapter, name, float(column.mean()), low, high, len(column)))
         return found
-
-
-def mean_interval(values: Tensor, draws: int, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of values (N,)."""
-    generator = torch.Generator().manual_seed(seed)
-    places = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = values.detach().cpu().double()[places].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def peaks(codes: Tensor, mask: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from safelight.lightning_modules.visual_prompt.pointing import (
     quadrants,
 )
 from safelight.lightning_modules.visual_prompt.robustness import like_jpeg, rotated
-from safelight.lightning_modules.visual_prompt.steering import COLUMNS, foveal_bias, mean_interval, measured
+from safelight.lightning_modules.visual_prompt.steering import COLUMNS, foveal_bias, measured
 from safelight.metrics import SampleRows
+from safelight.metrics.samples import mean_interval
 
 if TYPE_CHECKING:
     from safelight.lightning_modules.visual_prompt.module import VisualPrompt
@@ -64,12 +65,16 @@ class Findings:
 
     def lift(self, name: str = "") -> tuple[float, float, float]:
         """Mean lift of a prompt and its 95 % interval over pictures."""
-        return mean_interval(self.rows[name][:, COLUMNS.index("lift")])
+        return _with_interval(self.rows[name][:, COLUMNS.index("lift")])
 
     def gain(self, name: str) -> tuple[float, float, float]:
         """Lift of the prompt above that of another one at the same places, with its interval."""
         column = COLUMNS.index("lift")
-        return mean_interval(self.rows[""][:, column] - self.rows[name][:, column])
+        return _with_interval(self.rows[""][:, column] - self.rows[name][:, column])
+
+
+def _with_interval(values: Tensor) -> tuple[float, float, float]:
+    return float(values.double().mean()), *mean_interval(values, 1000, 0)
 
 
 class Evaluation:
@@ -165,7 +170,7 @@ class Evaluation:
         for name, mark in self.disturbed().items():
             attention = encoder.attention(mark(images, centres, rows))
             self._keep(self.variants, name, self._measured(encoder, attention, centres)[:, :1], places)
-        self._transfer(images, centres, rows, places)
+        self._transfer({name: marked for name, (marked, _) in seen.items()}, centres, places)
         for place in range(0, len(images), count):
             if len(self.examples) < SHOWN:
                 self.examples.append(
@@ -187,16 +192,12 @@ class Evaluation:
         with encoder.biased(bias):
             return encoder.attention(images)
 
-    def _transfer(
-        self, images: Tensor, centres: Tensor, rows: Sequence[torch.Generator], places: Tensor | None
-    ) -> None:
+    def _transfer(self, marked: dict[str, Tensor], centres: Tensor, places: Tensor | None) -> None:
         compared = ("", "none", "red_circle", "checkerboard")
-        known = self.prompts(images.shape[-1], self.size)
         for source, encoder in self.further.items():
             for name in compared:
-                if name in known:
-                    attention = encoder.attention(known[name](images, centres, rows))
-                    found = self._measured(encoder, attention, centres)[:, :1]
+                if name in marked:
+                    found = self._measured(encoder, encoder.attention(marked[name]), centres)[:, :1]
                     self._keep(self.elsewhere, (source, name), found, places)
 
     # -- pointing ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,12 @@ def token_centres(grid: int, patch_size: int, device: torch.device | str = "cpu"
     return torch.cartesian_prod(line, line)
 
 
+def squared_distances(centres: Tensor, grid: int, patch_size: int) -> Tensor:
+    """Of the tokens' centres from ``centres`` (B, 2), square pixels, (B, N)."""
+    places = token_centres(grid, patch_size, centres.device)
+    return (places[None] - centres[:, None].float()).square().sum(-1)
+
+
 def gaussian_target(centres: Tensor, grid: int, patch_size: int, sigma: float) -> Tensor:
     """The Gaussian that attention is trained to resemble, normalised over the tokens, (B, N).
 
@@ -29,9 +35,7 @@ def gaussian_target(centres: Tensor, grid: int, patch_size: int, sigma: float) -
         patch_size: pixels of a token a side.
         sigma: pixels.
     """
-    places = token_centres(grid, patch_size, centres.device)
-    squared = (places[None] - centres[:, None].float()).square().sum(-1)
-    return (-squared / (2 * sigma**2)).softmax(-1)
+    return (-squared_distances(centres, grid, patch_size) / (2 * sigma**2)).softmax(-1)
 
 
 def over_patches(attention: Tensor) -> Tensor:

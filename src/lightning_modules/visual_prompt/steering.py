@@ -1,4 +1,4 @@
-"""How well attention is steered: what is measured of one attention map, and means with intervals."""
+"""How well attention is steered: what is measured of one attention map, and a bias that steers from inside."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safelight.lightning_modules.visual_prompt.objective import (
     divergence,
     gaussian_target,
     over_patches,
+    squared_distances,
     token_centres,
 )
 
@@ -51,15 +52,6 @@ def measured(attention: Tensor, centres: Tensor, size: float, patch_size: int, s
     return torch.stack([mass / region.float().mean(-1), hit, kl, mass, raw, error], 1)
 
 
-def mean_interval(values: Tensor, seed: int = 0, draws: int = 1000) -> tuple[float, float, float]:
-    """Mean of one number per picture, and its 95 % interval over resampled pictures."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = values.cpu().double()[chosen].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(values.double().mean()), low, high
-
-
 def foveal_bias(centres: Tensor, grid: int, patch_size: int, sigma: float, strength: float) -> Tensor:
     """Bias on the logits of patches that falls off as a Gaussian from ``strength`` at the centre, (B, N).
 
@@ -70,6 +62,4 @@ def foveal_bias(centres: Tensor, grid: int, patch_size: int, sigma: float, stren
         sigma: pixels.
         strength: at the centre, nats.
     """
-    places = token_centres(grid, patch_size, centres.device)
-    squared = (places[None] - centres[:, None].float()).square().sum(-1)
-    return strength * (-squared / (2 * sigma**2)).exp()
+    return strength * (-squared_distances(centres, grid, patch_size) / (2 * sigma**2)).exp()

@@ -24,9 +24,10 @@ from safelight.lightning_modules.vision_mapping.dictionaries import RandomDirect
 from safelight.lightning_modules.vision_mapping.evaluation import Evaluation
 from safelight.lightning_modules.vision_mapping.judging import ChatJudge, LexicalJudge, PictureJudge, load_judge
 from safelight.lightning_modules.vision_mapping.objective import answer_losses, answered_exactly, mean_loss
-from safelight.lightning_modules.vision_mapping.probe import Probe, convergence_layer, mean_interval
+from safelight.lightning_modules.vision_mapping.probe import Probe, convergence_layer
 from safelight.lightning_modules.vision_mapping.reading import noisy, recomputed, run, without_softcap
 from safelight.lightning_modules.vision_mapping.splicing import check_positions, over
+from safelight.metrics.samples import mean_interval
 from safelight.probing.dictionary import SparseDictionary
 from safelight.probing.vision import VisionTower, front_tokens, load_vision_model, patch_features, pooled
 

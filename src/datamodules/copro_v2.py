@@ -52,9 +52,10 @@ def within(index: int, rows: Sized) -> None:
 class PreferenceRows(Dataset[dict[str, Any]]):
     """Rows of preference: a caption, and the safe and the unsafe picture of its pair.
 
-    Items: ``caption``, ``caption_kind`` (``unsafe`` or ``safe``), ``pair_id``, ``index`` (of the row), ``prompt_w`` and
-    ``prompt_l`` (texts of the safe and the unsafe picture), ``seed`` (of their common noise, where the backbone draws
-    them), ``flipped``, and where there are pictures ``pixel_w`` and ``pixel_l``, (3, S, S) in [-1, 1].
+    Items: ``caption``, ``caption_kind`` (``unsafe`` or ``safe``), ``pair_id``, ``categories`` (of the pair, joined by
+    ``;``), ``index`` (of the row), ``prompt_w`` and ``prompt_l`` (texts of the safe and the unsafe picture), ``seed``
+    (of their common noise, where the backbone draws them), ``flipped``, and where there are pictures ``pixel_w`` and
+    ``pixel_l``, (3, S, S) in [-1, 1].
 
     Args:
         pairs: in their order.
@@ -102,6 +103,7 @@ class PreferenceRows(Dataset[dict[str, Any]]):
             "caption": pair.unsafe if kind == "unsafe" else pair.safe,
             "caption_kind": kind,
             "pair_id": pair.pair_id,
+            "categories": ";".join(pair.categories),
             "index": 2 * pair.pair_id + (kind == "safe"),
             "prompt_w": pair.safe,
             "prompt_l": pair.unsafe,

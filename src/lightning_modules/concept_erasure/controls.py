@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from safelight.masking import activation_scores, fold
 if TYPE_CHECKING:
     from safelight.lightning_modules.concept_erasure.module import ConceptErasure
 
+Control = Literal["plain", "random", "wanda", "esd", "ca"]
 _FINETUNE_ROWS = 2
 """Prompts to erase in a step of fine-tuning, and as many to retain."""
 
@@ -28,15 +29,20 @@ def erasing_models(module: ConceptErasure) -> Iterator[tuple[str, Generator, Mas
     ``plain`` is every unit that training switched off, before giving back. ``random`` comes several times. The masks of
     ``random`` and ``wanda`` have as many units off in every layer as ours.
     """
-    generator, masks, calibration = module.generator, module.masks(), module.calibration()
+    generator, masks, wanted = module.generator, module.masks(), module.control_names
     yield "dense", generator, None
     yield "", generator, masks
-    yield "plain", generator, module.plain_masks()
-    for draw in range(module.hparams.random_masks):
-        yield "random", generator, shuffled(masks, module.hparams.seed, draw)
-    yield "wanda", generator, wanda_masks(calibration, masks)
-    yield "esd", finetuned(module, calibration, "esd"), None
-    yield "ca", finetuned(module, calibration, "ca"), None
+    if "plain" in wanted:
+        yield "plain", generator, module.plain_masks()
+    if "random" in wanted:
+        for draw in range(module.hparams.random_masks):
+            yield "random", generator, shuffled(masks, module.hparams.seed, draw)
+    if "wanda" in wanted:
+        yield "wanda", generator, wanda_masks(module.calibration(), masks)
+    if "esd" in wanted:
+        yield "esd", finetuned(module, module.calibration(), "esd"), None
+    if "ca" in wanted:
+        yield "ca", finetuned(module, module.calibration(), "ca"), None
 
 
 def shuffled(masks: Masks, seed: int, draw: int) -> Masks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -19,7 +19,7 @@ from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.cleanup import EndFitOnException
 from safelight.lightning_modules.concept_erasure.batches import Batch, read_batch
 from safelight.lightning_modules.concept_erasure.calibration import Calibration, first_rows
-from safelight.lightning_modules.concept_erasure.controls import erasing_models
+from safelight.lightning_modules.concept_erasure.controls import Control, erasing_models
 from safelight.lightning_modules.concept_erasure.evaluation import (
     ROLES,
     Inspector,
@@ -94,6 +94,8 @@ class ConceptErasure(SafelightModule):
         weight_decay: AdamW weight decay on the logits (paper: .01).
         calibration_rows: rows to erase, and as many to retain, for giving back, for the Wanda control and for
             fine-tuning.
+        controls: what is measured beside it: ``plain`` (every unit that training switched off), ``random``, ``wanda``,
+            and fine-tuning by ``esd`` and ``ca``; null for all. The last two are trainings of their own.
         random_masks: random masks averaged for the control.
         finetune_steps: optimisation steps of the fine-tuned controls (ESD and concept ablation).
         finetune_lr: their learning rate (authors: 1e-5, for full-size models).
@@ -111,7 +113,7 @@ class ConceptErasure(SafelightModule):
         "neighbour_accuracy", "neighbour_accuracy_before", "erase_mse", "retain_mse", "ssim", "clip_score",
         "clip_score_before", "units_off", "units_off_share",
     )  # fmt: skip
-    control_names = ("plain", "random", "wanda", "esd", "ca")
+    control_names: tuple[str, ...] = get_args(Control)
 
     def __init__(
         self,
@@ -140,6 +142,7 @@ class ConceptErasure(SafelightModule):
         grad_mode: Literal["none", "step", "step+block"] = "step",
         weight_decay: Annotated[float, Ge(0)] = 0.01,
         calibration_rows: Annotated[int, Ge(1)] = 32,
+        controls: list[Control] | None = None,
         random_masks: Annotated[int, Ge(1)] = 3,
         finetune_steps: Annotated[int, Ge(1)] = 100,
         finetune_lr: Annotated[float, Gt(0)] = 1e-5,
@@ -150,6 +153,8 @@ class ConceptErasure(SafelightModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Generator) else [])
+        if controls is not None:
+            self.control_names = tuple(name for name in get_args(Control) if name in controls)
         self.generator = load_generator(backbone)
         self.denoiser = self.generator.denoiser
         self.vae = getattr(self.generator.pipeline, "vae", None)

@@ -60,8 +60,7 @@ def fill(module: ConceptErasure, report: Report) -> None:
                 Tile(
                     "prompts that still show the concept",
                     f"{100 * ours['target_rate']:.0f} %",
-                    f"dense: {100 * dense['target_rate']:.0f} %, random mask: "
-                    f"{100 * module.measured['random'].metrics['target_rate']:.0f} %",
+                    ", ".join(_rate(module, name) for name in ("dense", "random") if name in module.measured),
                     tone="lead",
                 ),
                 Tile(
@@ -77,8 +76,8 @@ def fill(module: ConceptErasure, report: Report) -> None:
             ]
         )
     off = f"{int(ours['units_off']):,} of {sum(spec.n_units for spec in module.specs):,}"
-    plain = int(module.measured["plain"].metrics["units_off"])
-    report.add_tiles([Tile("units off", off, f"plain training: {plain:,}")])
+    plain = module.measured["plain"].metrics["units_off"] if "plain" in module.measured else None
+    report.add_tiles([Tile("units off", off, "" if plain is None else f"plain training: {int(plain):,}")])
     _grids(module, report)
     report.add_table(
         "Dense, erased, and the controls",
@@ -98,6 +97,10 @@ def fill(module: ConceptErasure, report: Report) -> None:
     if module.history:
         _curves(module, report)
     report.add_claims([claim(module)])
+
+
+def _rate(module: ConceptErasure, name: str) -> str:
+    return f"{LABELS[name]}: {100 * module.measured[name].metrics['target_rate']:.0f} %"
 
 
 def _grids(module: ConceptErasure, report: Report) -> None:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from safelight.errors import SafelightError
 
+SEPARATOR = ";"
+"""Between the names of a pair's categories in a batch."""
+
 
 @dataclass
 class PreferenceBatch:
@@ -23,6 +26,7 @@ class PreferenceBatch:
         seeds: of the noise both pictures of a pair come from, where the backbone draws them.
         flipped: whether the pictures are mirrored, (B,).
         experts: B names of the adapters that learn from the rows; None for the only one.
+        categories: the categories that each row's pair belongs to, B sets; None where the data do not say.
     """
 
     captions: list[str]
@@ -32,6 +36,7 @@ class PreferenceBatch:
     seeds: list[int]
     flipped: list[bool]
     experts: list[str] | None
+    categories: list[set[str]] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -57,7 +62,7 @@ def read_batch(batch: Any) -> PreferenceBatch:
     if pixels is not None and (pixels[0].shape != pixels[1].shape or len(pixels[0]) != len(captions)):
         shapes = tuple(pixels[0].shape), tuple(pixels[1].shape)
         raise SafelightError(f"batch: pixel_w and pixel_l have the shapes {shapes} for {len(captions)} captions")
-    experts = batch.get("expert")
+    experts, categories = batch.get("expert"), batch.get("categories")
     return PreferenceBatch(
         captions=captions,
         prompts=(list(batch.get("prompt_w", captions)), list(batch.get("prompt_l", captions))),
@@ -66,6 +71,7 @@ def read_batch(batch: Any) -> PreferenceBatch:
         seeds=[int(seed) for seed in batch.get("seed", [0] * len(captions))],
         flipped=[bool(flip) for flip in batch.get("flipped", [False] * len(captions))],
         experts=None if experts is None else list(experts),
+        categories=None if categories is None else [set(names.split(SEPARATOR)) for names in categories],
     )
 
 

@@ -33,9 +33,16 @@ from safelight.lightning_modules.safety_dpo.objective import (
     implicit_accuracy,
     implicit_rewards,
     preference_loss,
+    preservation_loss,
     scale_gradient,
 )
-from safelight.lightning_modules.safety_dpo.pairs import NoisedPairs, PairLatents, noise_pairs, pair_errors
+from safelight.lightning_modules.safety_dpo.pairs import (
+    NoisedPairs,
+    PairLatents,
+    noise_pairs,
+    pair_errors,
+    rows_of,
+)
 from safelight.lightning_modules.schedules import adamw_warmup_cosine, warmup_constant
 from safelight.metrics import ClipJudge, SafetyJudge, load_safety_judge
 
@@ -72,6 +79,8 @@ class SafetyDPO(SafelightModule):
         loss_type: ``sigmoid`` (DPO, paper), ``hinge`` or ``ipo``.
         guard: scale the loser's gradient so that the winner's error does not rise (arXiv 2511.03317); null for none,
             which is the paper, else the share mu of the winner's progress to be left (.9 SD1.5, .6 SDXL in theirs).
+        preserve: weight, in every expert, of leaving the predictions for the other experts' rows as they were; 0 for
+            not at all, which is the paper.
         control: train an adapter without the guard beside the one with it, for the control.
         prompt_dropout: share of captions replaced by the empty one (authors: .2).
         noise_draws: draw times and noises from so many fixed ones for each row, so that errors of the reference are
@@ -120,6 +129,7 @@ class SafetyDPO(SafelightModule):
         beta: Annotated[float, Gt(0)] = 5000.0,
         loss_type: LossType = "sigmoid",
         guard: Annotated[float, Interval(ge=0, le=1)] | None = 0.5,
+        preserve: Annotated[float, Ge(0)] = 0.0,
         control: bool = True,
         prompt_dropout: Annotated[float, Interval(ge=0, le=1)] = 0.2,
         noise_draws: Annotated[int, Ge(1)] | None = None,
@@ -176,7 +186,7 @@ class SafetyDPO(SafelightModule):
         self.peft_model.eval()
         self.latents = PairLatents(self.generator, targets_folder)
         self.prompts = DenseTargets(self.generator)
-        self._reference: dict[tuple[int, bool, int], PairErrors] = {}
+        self._reference: dict[tuple[int, bool, int], tuple[PairErrors, Tensor]] = {}
         self.history: dict[str, list[tuple[int, Tensor, Tensor, Tensor]]] = {name: [] for name in self.guards}
         """Per adapter: step, loss, and by how much the errors on winner and loser have changed."""
         self.statistics: CoMergeStatistics | None = None
@@ -193,15 +203,25 @@ class SafetyDPO(SafelightModule):
         draws = self._draws(rows, streams)
         pairs = noise_pairs(self.generator, winner, loser, rows.captions, streams, self.hparams.prompt_dropout)
         cond = self.prompts.conditioning(pairs.captions)
-        reference = self._reference_errors(pairs, cond, rows, draws)
+        reference, reference_residual = self._reference_errors(pairs, cond, rows, draws)
         losses = []
         for name in self.guards:
             chosen = self._own_rows(rows, name)
+            others = self._foreign_rows(rows, name, chosen)
             own = PairErrors(reference.winner[chosen], reference.loser[chosen])
             with active_adapter(self.peft_model, name):
-                part = {key: value[chosen] for key, value in cond.items()}
-                errors, residual = pair_errors(self.generator, pairs.rows(chosen), part)
-            losses.append(self._loss(name, errors, own, residual))
+                asked = [*chosen, *others]
+                part = {key: value[asked] for key, value in cond.items()}
+                errors, residual = pair_errors(self.generator, pairs.rows(asked), part)
+            places = range(len(chosen))
+            errors = PairErrors(errors.winner[: len(chosen)], errors.loser[: len(chosen)])
+            loss = self._loss(name, errors, own, rows_of(residual.detach(), places))
+            if others:
+                moved = rows_of(residual, range(len(chosen), len(asked))), rows_of(reference_residual, others)
+                kept = preservation_loss(*moved, self.hparams.beta).mean()
+                self.log(f"train/{name}/preserve", kept.detach(), batch_size=len(others))
+                loss = loss + self.hparams.preserve * kept
+            losses.append(loss)
         loss = torch.stack(losses).sum()
         self.log("train/loss", loss / len(losses), prog_bar=True, batch_size=len(rows))
         return loss
@@ -220,6 +240,22 @@ class SafetyDPO(SafelightModule):
             raise SafelightError(
                 f"batch: no row for the expert {name!r}, only for {found}; set data.experts to the same"
             )
+        return chosen
+
+    def _foreign_rows(self, rows: PreferenceBatch, name: str, own: Sequence[int]) -> list[int]:
+        """Rows whose pictures are none of an expert's business: one for each of its own, out of the same group.
+
+        A group has one row for each adapter. So it does not matter how a batch is cut into whole groups.
+        """
+        if not self.hparams.preserve or not self.merging or name == ALL or rows.experts is None:
+            return []
+        categories = rows.categories or [{expert} for expert in rows.experts]
+        size, chosen = len(self.guards), []
+        for row in own:
+            start = row - row % size
+            foreign = [other for other in range(start, min(start + size, len(rows))) if name not in categories[other]]
+            if foreign:
+                chosen.append(foreign[rows.index[row] % len(foreign)])
         return chosen
 
     def _loss(self, name: str, errors: PairErrors, reference: PairErrors, residual: Tensor) -> Tensor:
@@ -265,20 +301,24 @@ class SafetyDPO(SafelightModule):
     @torch.no_grad()
     def _reference_errors(
         self, pairs: NoisedPairs, cond: Conditioning, rows: PreferenceBatch, draws: list[int]
-    ) -> PairErrors:
-        """Errors of the network without adapters; of fixed draws each is computed once."""
+    ) -> tuple[PairErrors, Tensor]:
+        """Errors and residuals of the network without adapters; of fixed draws each is computed once."""
         if not draws:
             with active_adapter(self.peft_model, None):
-                return pair_errors(self.generator, pairs, cond)[0]
+                return pair_errors(self.generator, pairs, cond)
         keys = list(zip(rows.index, rows.flipped, draws, strict=True))
         for row, key in enumerate(keys):
             if key not in self._reference:
                 # One at a time, for the same reason as in PairLatents.
                 with active_adapter(self.peft_model, None):
                     part = {name: value[row : row + 1] for name, value in cond.items()}
-                    self._reference[key] = pair_errors(self.generator, pairs.rows([row]), part)[0]
-        known = [self._reference[key] for key in keys]
-        return PairErrors(torch.cat([one.winner for one in known]), torch.cat([one.loser for one in known]))
+                    self._reference[key] = pair_errors(self.generator, pairs.rows([row]), part)
+        errors, residuals = zip(*(self._reference[key] for key in keys), strict=True)
+        of_both = [torch.cat([residual[side : side + 1] for residual in residuals]) for side in (0, 1)]
+        return (
+            PairErrors(torch.cat([one.winner for one in errors]), torch.cat([one.loser for one in errors])),
+            torch.cat(of_both),
+        )
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Say once that the preferred pictures are getting worse, which a growing margin hides."""

@@ -94,6 +94,20 @@ def guard_factor(winner_residual: Tensor, loser_residual: Tensor, mu: float) -> 
     return torch.where(agreement > 0, bound.clamp(0, 1), torch.ones_like(agreement))
 
 
+def preservation_loss(residual: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """How far a network's predictions have moved on rows that are none of its business, (B,); ours.
+
+    ``(beta / 2) * |prediction - reference prediction|^2``: the tie to the reference that the margin's ``beta`` weighs,
+    which DPO itself holds only where its preferences are.
+
+    Args:
+        residual: prediction less target, (B, ...).
+        reference: the same of the network without adapters.
+        beta: of :func:`reward_margin`.
+    """
+    return beta / 2 * squared_errors(residual, reference.detach())
+
+
 def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
     """``value`` unchanged, its gradient multiplied by ``factor``."""
     return value.detach() + factor * (value - value.detach())

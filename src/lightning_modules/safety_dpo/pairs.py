@@ -34,10 +34,8 @@ class NoisedPairs(NamedTuple):
 
     def rows(self, chosen: Sequence[int]) -> NoisedPairs:
         """Some of the pairs."""
-        count = len(self.captions)
-        both = [*chosen, *(count + row for row in chosen)]
-        captions = [self.captions[row] for row in chosen]
-        return NoisedPairs(self.noisy[both], self.target[both], self.timestep[both], captions)
+        noisy, target, timestep = (rows_of(both, chosen) for both in (self.noisy, self.target, self.timestep))
+        return NoisedPairs(noisy, target, timestep, [self.captions[row] for row in chosen])
 
 
 def noise_pairs(
@@ -70,6 +68,11 @@ def noise_pairs(
         timestep = 1000 * time
     kept = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
     return NoisedPairs(torch.cat(noisy), torch.cat(target), timestep.repeat(2), kept)
+
+
+def rows_of(both: Tensor, chosen: Sequence[int]) -> Tensor:
+    """Rows of some pairs, (2n, ...), out of those of B, (2B, ...), safe pictures before unsafe ones."""
+    return both[[*chosen, *(len(both) // 2 + row for row in chosen)]]
 
 
 class PairLatents:
@@ -149,4 +152,4 @@ def pair_errors(generator: Generator, pairs: NoisedPairs, cond: Conditioning) ->
     """
     prediction = predict(generator, pairs, {key: torch.cat([value, value]) for key, value in cond.items()})
     winner, loser = squared_errors(prediction, pairs.target).chunk(2)
-    return PairErrors(winner, loser), prediction.detach() - pairs.target
+    return PairErrors(winner, loser), prediction - pairs.target

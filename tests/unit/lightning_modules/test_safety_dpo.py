@@ -23,7 +23,7 @@ from safelight.lightning_modules.safety_dpo.adapters import LowRank, fuse, fused
 from safelight.lightning_modules.safety_dpo.batches import read_batch
 from safelight.lightning_modules.safety_dpo.merging import BASELINES
 from safelight.lightning_modules.safety_dpo.module import CONTROL, ONLY
-from safelight.lightning_modules.safety_dpo.pairs import noise_pairs
+from safelight.lightning_modules.safety_dpo.pairs import noise_pairs, pair_errors
 from safelight.metrics import ClipJudge
 from safelight.testing.contracts import MethodContract
 from safelight.testing.pipelines import build_pipeline, pipeline_folder
@@ -285,6 +285,71 @@ def test_an_expert_learns_from_its_rows_only() -> None:
     for name, equal in (("violence", True), ("illegal", False)):
         pairs = both.adapter_of(name), other.adapter_of(name)
         assert all(torch.allclose(p.delta, pairs[1][path].delta, atol=1e-7) for path, p in pairs[0].items()) is equal
+
+
+def test_foreign_rows_are_of_the_same_group_and_of_no_own_category() -> None:
+    names = ["violence", "illegal", "shocking", "all"]
+    module = tiny(experts=names, control=False, preserve=1.0)
+    batch = DataLoader(rows(3, names), batch_size=12)  # type: ignore[arg-type]
+    found = read_batch(next(iter(batch)))
+    own = module._own_rows(found, "illegal")
+    assert own == [1, 5, 9]
+    # Violence, shocking and all by turns of the row's number; without categories the row's expert is what it is of.
+    assert module._foreign_rows(found, "illegal", own) == [0, 6, 11]
+    # The row of the shocking expert and that for all are of illegal things, too.
+    found.categories = [{"violence"}, {"illegal"}, {"illegal", "shocking"}, {"illegal"}] * 3
+    assert module._foreign_rows(found, "illegal", own) == [0, 4, 8]
+    assert module._foreign_rows(found, "all", module._own_rows(found, "all")) == []
+    second = read_batch({key: value[4:8] for key, value in next(iter(batch)).items()})
+    second.categories = found.categories[4:8]
+    assert module._foreign_rows(second, "illegal", [1]) == [0], "the same when the batch is cut"
+    assert tiny(experts=names, control=False)._foreign_rows(found, "illegal", own) == []
+
+
+def moved(module: SafetyDPO, name: str, expert: str) -> float:
+    """By how much an expert has changed what is predicted for the rows of another one."""
+    batch = read_batch(next(iter(loader(4, ["violence", "illegal"], batch_size=8))))
+    chosen = module._own_rows(batch, expert)
+    streams = [torch.Generator().manual_seed(5 + row) for row in chosen]
+    latents = [side[chosen] for side in module.latents(batch)]
+    pairs = noise_pairs(module.generator, *latents, [batch.captions[row] for row in chosen], streams, 0.0)
+    cond = module.prompts.conditioning(pairs.captions)
+    residuals = []
+    for adapter in (None, name):
+        with torch.no_grad(), active_adapter(module.peft_model, adapter):
+            residuals.append(pair_errors(module.generator, pairs, cond)[1])
+    return float((residuals[0] - residuals[1]).square().mean())
+
+
+def test_preserving_leaves_the_rows_of_other_experts_alone() -> None:
+    names = ["violence", "illegal"]
+    # Pictures of illegal things are dark where those of violence are bright.
+    mixed = [
+        row | {key: -row[key] for key in ("pixel_w", "pixel_l")} | {"index": row["index"] + 100, "caption": "crime"}
+        if row["expert"] == "illegal" else row
+        for row in rows(4, names)
+    ]  # fmt: skip
+    found = {}
+    for preserve in (0.0, 30.0):
+        module = tiny(experts=names, control=False, preserve=preserve, prompt_dropout=0.0)
+        logged = fit(module, 30, DataLoader(mixed, batch_size=8))  # type: ignore[arg-type]
+        found[preserve] = moved(module, "violence", "illegal")
+        assert ("train/violence/preserve" in logged) is (preserve > 0)
+    assert found[30.0] < 0.2 * found[0.0]
+
+
+def test_kept_residuals_of_the_reference_are_those_of_their_rows() -> None:
+    module = tiny(control=False, noise_draws=2)
+    batch = read_batch(next(iter(loader())))
+    draws, streams = [0, 1, 1, 0], [torch.Generator().manual_seed(row) for row in range(4)]
+    pairs = noise_pairs(module.generator, *module.latents(batch), batch.captions, streams, 0.0)
+    cond = module.prompts.conditioning(pairs.captions)
+    with torch.no_grad(), active_adapter(module.peft_model, None):
+        errors, residual = pair_errors(module.generator, pairs, cond)
+    for _ in range(2):  # computed, then remembered
+        kept_errors, kept_residual = module._reference_errors(pairs, cond, batch, draws)
+        assert torch.allclose(kept_residual, residual, atol=1e-5)
+        assert torch.allclose(kept_errors.loser, errors.loser, atol=1e-5)
 
 
 def test_fixed_draws_ask_the_reference_once() -> None:

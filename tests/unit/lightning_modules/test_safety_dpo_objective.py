@@ -15,6 +15,7 @@ from safelight.lightning_modules.safety_dpo.objective import (
     implicit_accuracy,
     implicit_rewards,
     preference_loss,
+    preservation_loss,
     reward_margin,
     scale_gradient,
     squared_errors,
@@ -123,6 +124,17 @@ def test_a_small_guarded_step_does_not_raise_the_winners_error(mu: float) -> Non
     assert float(plain.square().sum()) > before
     progress = (before - float(guarded.square().sum())) / (before - own)
     assert progress == pytest.approx(mu, abs=2e-3)
+
+
+def test_preservation_is_half_beta_times_the_squared_change() -> None:
+    residual, reference = numbers(3, 2, 4).requires_grad_(), numbers(3, 2, 4, seed=1).requires_grad_()
+    loss = preservation_loss(residual, reference, beta=10.0)
+    expected = 5.0 * (residual - reference).square().mean(dim=(1, 2))
+    assert torch.allclose(loss, expected, atol=1e-6)
+    assert not preservation_loss(residual, residual.detach(), 10.0).any()
+    loss.sum().backward()
+    assert residual.grad is not None
+    assert reference.grad is None, "the reference is where to stay, not what moves"
 
 
 def test_only_the_gradient_is_scaled() -> None:

@@ -30,6 +30,7 @@ ANCHORS = {
     "blood": "strawberry",
     "bikini": "dress",
     "lipstick": "rose",
+    "panda": "gift",  # by its word a football would be next, which is as round, black and white
 }
 _FEWEST_TARGETS = 2
 """Held-out scenes below which a thing's target prompts are filled up with scenes taken out of the training pairs."""

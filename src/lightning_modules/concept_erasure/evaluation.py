@@ -12,12 +12,16 @@ from torch import Tensor
 from safelight.errors import SafelightError
 from safelight.generators import Conditioning, Generator
 from safelight.lightning_modules.concept_erasure.objective import row_distances
-from safelight.metrics import ClipJudge, SampleRows
+from safelight.metrics import ClipJudge, ClipMaps, FeatureDistance, SampleRows
 from safelight.metrics.detection import ClipDetector, ConceptDetector
+from safelight.metrics.distance import DistanceKind
+from safelight.metrics.perceptual import perceptual_distance
 from safelight.metrics.structure import structural_similarity
 
 ROLES = ("target", "neighbour", "retain")
-COLUMNS = ("role", "found", "score", "recognised", "as_anchor", "erase_mse", "retain_mse", "ssim", "clip_score")
+COLUMNS = (
+    "role", "found", "score", "recognised", "as_anchor", "erase_mse", "retain_mse", "ssim", "perceptual", "clip_score",
+)  # fmt: skip
 PICTURES = {"target": 8, "neighbour": 4, "retain": 4}
 """Samples of each role whose pictures are kept for the report."""
 
@@ -82,18 +86,27 @@ class Inspector:
         judge: CLIP model that names things.
         labels: the things it chooses between.
         style: the concept is a style: a picture has it if its prompt fits better than its anchor.
+        distance: how sets of pictures are compared, in the judge's features.
 
     Raises:
         SafelightError: the detector cannot tell styles apart.
     """
 
-    def __init__(self, detector: ConceptDetector, judge: ClipJudge, labels: Sequence[str], style: bool) -> None:
+    def __init__(
+        self,
+        detector: ConceptDetector,
+        judge: ClipJudge,
+        labels: Sequence[str],
+        style: bool,
+        distance: DistanceKind = "kid",
+    ) -> None:
         if style and not isinstance(detector, ClipDetector):
             raise SafelightError(
                 "detector: only CLIP tells styles apart, by the caption that fits better; set method.detector to a "
                 "CLIP folder or zoo:tiny_clip"
             )
         self.detector, self.judge, self.labels, self.style = detector, judge, list(labels), style
+        self.distance, self.maps = distance, ClipMaps(judge)
         self._texts = [f"a {label}" for label in self.labels]
 
     def recognise(self, pictures: Tensor, words: Sequence[str]) -> Tensor:
@@ -125,9 +138,12 @@ def measure(generator: Generator, batches: Sequence[TestBatch], inspector: Inspe
         ``target_rate`` (share of concept prompts whose picture shows the concept), ``target_score`` (its soft form),
         ``anchor_rate`` (share that shows what the anchor asks for), ``retain_accuracy`` and ``neighbour_accuracy``
         (recognition of other and of related things), ``erase_mse`` (squared latent distance to the anchor's picture),
-        ``retain_mse``, ``ssim`` and ``clip_score`` of the pictures that should not change.
+        and of the pictures that should not change ``retain_mse``, ``ssim``, ``perceptual`` (LPIPS's formula on the
+        judge's feature maps), ``clip_score``, and the distance of all of them from the dense model's as a set (``kid``,
+        ``fid`` or ``cmmd``, in the judge's features).
     """
     table = SampleRows().to(generator.device)
+    sets = None if inspector is None else FeatureDistance(inspector.judge, inspector.distance).to(generator.device)
     result = Measured({})
     for batch in batches:
         latent = generator.rollout(batch.noise, batch.cond)
@@ -139,10 +155,16 @@ def measure(generator: Generator, batches: Sequence[TestBatch], inspector: Inspe
         if batch.pictures is not None and inspector is not None:
             pictures = generator.decode(latent)
             columns |= _look(pictures, batch, inspector)
+            others = (batch.roles != ROLES.index("target")).to(pictures.device)
+            if sets is not None and others.any():
+                for drawn, real in ((batch.pictures, True), (pictures, False)):
+                    sets.update(drawn[others], real=real, index=batch.index.to(others.device)[others])
             _keep(result, pictures, batch)
         rows = [columns.get(name, torch.zeros(len(latent))).to(generator.device, torch.float32) for name in COLUMNS]
         table.update(torch.stack(rows, dim=1), batch.index.to(generator.device))
     result.metrics = summarise(table.compute().cpu(), looked=bool(batches) and batches[0].pictures is not None)
+    if sets is not None:
+        result.metrics[sets.kind] = float(sets.compute())
     return result
 
 
@@ -155,6 +177,7 @@ def _look(pictures: Tensor, batch: TestBatch, inspector: Inspector) -> dict[str,
         "recognised": inspector.recognise(pictures, batch.concepts),
         "as_anchor": inspector.recognise(pictures, batch.anchor_concepts),
         "ssim": structural_similarity(pictures, batch.pictures),
+        "perceptual": perceptual_distance(inspector.maps(pictures), inspector.maps(batch.pictures)).cpu(),
         "clip_score": inspector.judge.score(pictures, batch.prompts).cpu(),
     }
 
@@ -194,6 +217,7 @@ def summarise(rows: Tensor, looked: bool) -> dict[str, float]:
             "retain_accuracy": column["recognised"][member["retain"]],
             "neighbour_accuracy": column["recognised"][member["neighbour"]],
             "ssim": column["ssim"][others],
+            "perceptual": column["perceptual"][others],
             "clip_score": column["clip_score"][others],
         }
     return {name: float(values.double().mean()) for name, values in mean.items()}

@@ -43,6 +43,7 @@ from safelight.lightning_modules.concept_erasure.targets import ErasureTargets, 
 from safelight.lightning_modules.randomness import step_seed
 from safelight.masking import MaskBank, UnitSpec, choose_groups, saturation_logit, save_masks
 from safelight.metrics import ClipJudge, load_detector
+from safelight.metrics.distance import DistanceKind
 
 
 class ConceptErasure(SafelightModule):
@@ -103,15 +104,17 @@ class ConceptErasure(SafelightModule):
         detector: what finds the concept in pictures: CLIP folder or ``zoo:`` name, or the mapping of another detector
             (``kind: zero_shot | vlm | nudenet``).
         judge: CLIP folder or ``zoo:`` name that names the other things in the pictures.
+        set_distance: how the set of pictures that should not change is compared with the dense model's, in the judge's
+            features: ``kid`` (unbiased for few pictures), ``fid`` or ``cmmd``.
         seed: gates are a function of (seed, step), the same on all ranks.
     """
 
     frozen = ("denoiser", "vae")
     families = ("flux", "sd3", "unet", "dit")
-    metric_names = (
+    metric_names: tuple[str, ...] = (
         "target_rate", "target_rate_before", "target_score", "anchor_rate", "retain_accuracy", "retain_accuracy_before",
-        "neighbour_accuracy", "neighbour_accuracy_before", "erase_mse", "retain_mse", "ssim", "clip_score",
-        "clip_score_before", "units_off", "units_off_share",
+        "neighbour_accuracy", "neighbour_accuracy_before", "erase_mse", "retain_mse", "ssim", "perceptual", "kid",
+        "clip_score", "clip_score_before", "units_off", "units_off_share",
     )  # fmt: skip
     control_names: tuple[str, ...] = get_args(Control)
 
@@ -149,10 +152,12 @@ class ConceptErasure(SafelightModule):
         targets_folder: str | None = None,
         detector: str | dict[str, Any] = "zoo:tiny_clip",
         judge: str = "zoo:tiny_clip",
+        set_distance: DistanceKind = "kid",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Generator) else [])
+        self.metric_names = tuple(set_distance if name == "kid" else name for name in self.metric_names)
         if controls is not None:
             self.control_names = tuple(name for name in get_args(Control) if name in controls)
         self.generator = load_generator(backbone)
@@ -372,7 +377,8 @@ class ConceptErasure(SafelightModule):
         labels = list(getattr(data, "concepts", None) or sorted(set(words)))
         judge = ClipJudge(self.hparams.judge).to(self.device)
         detector = load_detector(self.hparams.detector, labels, self.device)
-        return Inspector(detector, judge, labels, style=getattr(data, "kind", "object") == "style")
+        style = getattr(data, "kind", "object") == "style"
+        return Inspector(detector, judge, labels, style, self.hparams.set_distance)
 
     # -- testing -----------------------------------------------------------------------------------------------------
 

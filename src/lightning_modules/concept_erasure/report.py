@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelight.lightning_modules.concept_erasure.evaluation import PICTURES, ROLES
+from safelight.lightning_modules.concept_erasure.minimality import units_off
+from safelight.masking import removed_params
 from safelight.reporting import Claim, Tile
 from safelight.reporting.claims import finite
 from safelight.reporting.files import write_text
@@ -173,7 +175,11 @@ def claim(module: ConceptErasure) -> Claim:
 
 
 def results(module: ConceptErasure) -> dict[str, Any]:
-    """Everything about a run as one JSON object: erasure, retention, units, cost."""
+    """Everything about a run as one JSON object: how it was made, erasure, retention, units and cost.
+
+    ``prompts`` counts test samples of each role, ``measured`` has every model's metrics, ``zeroed`` what went with the
+    units that are off.
+    """
     masks = module.masks()
     groups = {
         name: {
@@ -183,7 +189,20 @@ def results(module: ConceptErasure) -> dict[str, Any]:
         for name, specs in module.group_specs.items()
     }
     measured = {LABELS[name]: result.metrics for name, result in module.measured.items()}
-    return {"concept": module.concept(), "detector": module.detector_facts, "mask": groups, "measured": measured}
+    zeroed = {"units": units_off(masks), "params": removed_params(masks, module.specs)}
+    return {
+        "run": {key: module.run_facts.get(key) for key in ("command", "backbone", "data", "seed")},
+        "concept": module.concept(),
+        "detector": module.detector_facts,
+        "prompts": {
+            role: sum(len(batch.prompts_of(number)) for batch in module._test_batches)
+            for number, role in enumerate(ROLES)
+        },
+        "mask": groups,
+        "zeroed": zeroed,
+        "cost": {"optimiser_steps": len(module.history)},
+        "measured": measured,
+    }
 
 
 def write_units(module: ConceptErasure, file: Path) -> None:

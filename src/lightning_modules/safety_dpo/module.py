@@ -51,8 +51,28 @@ ONLY = "safety"
 CONTROL = "no_guard"
 ALL = "all"
 """Name of the adapter that learns from every category and is compared with the merge, not merged."""
+CATEGORIES = ("hate", "harassment", "violence", "self_harm", "sexual", "shocking", "illegal")
+"""Of harm in CoProV2: an expert each for ``experts=all``."""
 PATIENCE = 100
 """Steps after which a winner's error that has grown on average is worth a warning."""
+
+
+def adapter_names(experts: str | Sequence[str] | None) -> list[str]:
+    """Names of the adapters: of the only one, of each category for ``all``, or as given.
+
+    Raises:
+        SafelightError: one cannot be a name, or they are too few to merge.
+    """
+    if experts is None:
+        return [ONLY]
+    names = [experts] if isinstance(experts, str) else list(experts)
+    if names == [ALL]:
+        return list(CATEGORIES)
+    if bad := [name for name in names if "." in name or not name]:
+        raise SafelightError(f"experts={names}: {bad[0]!r} cannot be a name of an adapter; leave out dots")
+    if len(set(names)) < len(names) or (len(names) > 1 and len(set(names) - {ALL}) < 2):
+        raise SafelightError(f"experts={names}: merging needs two different ones beside 'all'; null is one for all")
+    return names
 
 
 class SafetyDPO(SafelightModule):
@@ -73,7 +93,8 @@ class SafetyDPO(SafelightModule):
     Args:
         backbone: shipped backbone name, pipeline folder, hub id, the mapping of a ``configs/backbone`` file, or a
             ``Generator``.
-        experts: names of the experts, as the rows name them; null for one adapter.
+        experts: names of the experts, as the rows name them; ``all`` for one of each category of CoProV2; null for one
+            adapter.
         beta: strength of the tie to the reference, with the half of ``h = -(beta / 2) * ...`` (paper: 5000; 2500 in
             diffusers' example).
         loss_type: ``sigmoid`` (DPO, paper), ``hinge`` or ``ipo``.
@@ -125,7 +146,7 @@ class SafetyDPO(SafelightModule):
         self,
         *,
         backbone: str | dict[str, Any] | Generator = "tiny_sdxl",
-        experts: list[str] | None = None,
+        experts: str | list[str] | None = None,
         beta: Annotated[float, Gt(0)] = 5000.0,
         loss_type: LossType = "sigmoid",
         guard: Annotated[float, Interval(ge=0, le=1)] | None = 0.5,
@@ -163,12 +184,8 @@ class SafetyDPO(SafelightModule):
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, Generator) else [])
         self.generator = load_generator(backbone)
         self.vae = getattr(self.generator.pipeline, "vae", None)
-        names = [ONLY] if experts is None else list(experts)
-        if bad := [name for name in names if "." in name or not name]:
-            raise SafelightError(f"experts={names}: {bad[0]!r} cannot be a name of an adapter; leave out dots")
+        names = adapter_names(experts)
         self.merging = len(names) > 1
-        if len(set(names)) < len(names) or (self.merging and len(set(names) - {ALL}) < 2):
-            raise SafelightError(f"experts={names}: merging needs two different ones beside 'all'; null is one for all")
         self.guards: dict[str, float | None] = dict.fromkeys(names, guard)
         """Every adapter with the guard it is trained with."""
         self.control_names = tuple(Merges.names(merge_mode)) if self.merging else ()

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from ecodiff_toys import bare_generator
 
 from safelight.errors import SafelightError
+from safelight.generators import Generator, generator_for
+from safelight.lightning_modules import ConceptErasure
 from safelight.lightning_modules.concept_erasure import controls
 from safelight.lightning_modules.concept_erasure.controls import folded, shuffled, wanda_masks
-from safelight.lightning_modules.concept_erasure.evaluation import COLUMNS, ROLES, Measured, mean_of, summarise
+from safelight.lightning_modules.concept_erasure.evaluation import (
+    COLUMNS,
+    ROLES,
+    Inspector,
+    Measured,
+    TestBatch,
+    mean_of,
+    measure,
+    summarise,
+)
 from safelight.masking import find_units
+from safelight.metrics import ClipJudge, FeatureDistance, load_detector
+from safelight.testing.pipelines import build_pipeline
 
 OURS = {"a": torch.tensor([True, False, True, False]), "b": torch.tensor([False, True, True])}
 
@@ -69,15 +83,77 @@ def test_metrics_are_means_over_their_role() -> None:
         erase_mse=[2, 4, 9, 9, 9],
         retain_mse=[9, 9, 1, 2, 3],
         ssim=[0, 0, 0.3, 0.6, 0.9],
+        perceptual=[9, 9, 0.1, 0.2, 0.6],
     )
     found = summarise(table, looked=True)
     assert (found["target_rate"], found["anchor_rate"]) == (0.5, 0.5)
     assert (found["neighbour_accuracy"], found["retain_accuracy"]) == (0.0, 0.5)
     assert (found["erase_mse"], found["retain_mse"]) == (3.0, 2.0)
     assert found["ssim"] == pytest.approx(0.6)
+    assert found["perceptual"] == pytest.approx(0.3)
     assert set(summarise(table, looked=False)) == {"erase_mse", "retain_mse"}
     with pytest.raises(SafelightError, match="no sample has the role 'neighbour'"):
         summarise(table[[0, 1, 3]], looked=True)
+
+
+def samples(generator: Generator, count: int = 8) -> TestBatch:
+    """One target, the others half neighbours, half things to retain."""
+    prompts = ["a pistol", *(f"a {word}" for word in ("dagger", "axe", "bomb", "cat", "dog", "owl", "bee"))][:count]
+    words = [prompt.removeprefix("a ") for prompt in prompts]
+    noise, cond = generator.noise(range(count)), generator.encode(prompts)
+    with torch.no_grad():
+        dense = generator.rollout(noise, cond)
+    roles = torch.tensor([0, *([1] * 3), *([2] * (count - 4))])
+    return TestBatch(
+        prompts, prompts, roles, words, words, torch.arange(count), noise, cond, dense, dense, generator.decode(dense)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["kid", "fid", "cmmd"])
+@pytest.mark.filterwarnings("ignore:FID from")
+def test_pictures_that_should_not_change_are_compared_one_by_one_and_as_a_set(kind: Any) -> None:
+    pipeline = build_pipeline("flux")
+    generator = generator_for(pipeline.transformer)(pipeline, num_inference_steps=2, height=16, width=16)
+    judge = ClipJudge()
+    labels = ["pistol", "dagger", "axe", "bomb", "cat", "dog", "owl", "bee"]
+    detector = load_detector("zoo:tiny_clip", labels, torch.device("cpu"))
+    inspector = Inspector(detector, judge, labels, style=False, distance=kind)
+    batch = samples(generator)
+    same = measure(generator, [batch], inspector).metrics
+    assert same["perceptual"] == pytest.approx(0, abs=1e-5)
+    assert same["ssim"] == pytest.approx(1, abs=1e-4)
+    # In two batches, one of targets alone.
+    changed = generator.with_denoiser(copy.deepcopy(generator.denoiser))
+    with torch.no_grad():
+        for value in changed.denoiser.parameters():
+            value.mul_(1.3)
+    found = measure(changed, [batch], inspector)
+    assert found.metrics["perceptual"] > 1e-3 > same["perceptual"]
+    others = batch.roles > 0
+    assert batch.pictures is not None
+    distance, pictures = FeatureDistance(judge, kind), changed.decode(changed.rollout(batch.noise, batch.cond))
+    distance.update(batch.pictures[others], real=True)
+    distance.update(pictures[others].detach(), real=False)
+    assert found.metrics[kind] == pytest.approx(float(distance.compute()), rel=1e-4)
+    assert found.metrics[kind] > same[kind]
+
+
+def test_only_the_chosen_controls_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(controls, "finetuned", lambda module, calibration, kind: ran.append(kind))
+    monkeypatch.setattr(controls, "wanda_masks", lambda calibration, masks: ran.append("wanda"))
+    module: Any = SimpleNamespace(
+        generator=None, masks=lambda: OURS, plain_masks=lambda: OURS, calibration=lambda: None,
+        hparams=SimpleNamespace(random_masks=2, seed=0), control_names=("random", "ca"),
+    )  # fmt: skip
+    assert [name for name, _, _ in controls.erasing_models(module)] == ["dense", "", "random", "random", "ca"]
+    assert ran == ["ca"]
+    module.control_names = get_args(controls.Control)
+    assert [name for name, _, _ in controls.erasing_models(module)][2:] == [
+        "plain", "random", "random", "wanda", "esd", "ca",
+    ]  # fmt: skip
+    given = ConceptErasure(backbone=bare_generator("flux", 2), controls=["ca", "random"], minimality="none")
+    assert given.control_names == ("random", "ca")
 
 
 def test_several_draws_are_averaged() -> None:

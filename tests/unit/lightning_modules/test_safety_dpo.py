@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from safelight.datamodules.copro_v2_categories import expert_names
 from safelight.errors import SafelightError
 from safelight.generators import generator_for
 from safelight.generators.lora import active_adapter
@@ -268,6 +269,12 @@ def test_the_control_is_an_adapter_of_its_own() -> None:
     assert all(torch.allclose(pair.delta, other[path].delta, atol=1e-7) for path, pair in mine.items())
     control = beside.adapter_of(CONTROL)
     assert not all(torch.allclose(pair.delta, control[path].delta) for path, pair in mine.items())
+
+
+def test_all_experts_are_those_of_the_data() -> None:
+    module = tiny(experts="all", control=False)
+    assert list(module.guards) == expert_names("all") == list(module.experts())
+    assert module.merging
 
 
 def test_an_expert_learns_from_its_rows_only() -> None:

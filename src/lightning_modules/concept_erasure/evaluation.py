@@ -20,7 +20,8 @@ from safelight.metrics.structure import structural_similarity
 
 ROLES = ("target", "neighbour", "retain")
 COLUMNS = (
-    "role", "found", "score", "recognised", "as_anchor", "erase_mse", "retain_mse", "ssim", "perceptual", "clip_score",
+    "role", "found", "floor", "score", "recognised", "as_anchor", "erase_mse", "retain_mse", "ssim", "perceptual",
+    "clip_score",
 )  # fmt: skip
 PICTURES = {"target": 8, "neighbour": 4, "retain": 4}
 """Samples of each role whose pictures are kept for the report."""
@@ -42,6 +43,7 @@ class TestBatch:
         dense: the dense model's final latents, (B, ...).
         anchored: its final latents for the anchors from the same noise, (B, ...).
         pictures: decoded ``dense`` in [0, 1], (B, 3, H, W); None without a decoder.
+        floor: whether the concept is found in the anchors' own pictures, (B,) of 0 and 1; None until asked.
     """
 
     __test__ = False  # not a test, whatever pytest thinks of its name
@@ -57,6 +59,7 @@ class TestBatch:
     dense: Tensor
     anchored: Tensor
     pictures: Tensor | None
+    floor: Tensor | None = None
 
     def prompts_of(self, role: int) -> list[str]:
         """The prompts of one role."""
@@ -135,7 +138,8 @@ def measure(generator: Generator, batches: Sequence[TestBatch], inspector: Inspe
     """Metrics of a generator with whatever gates are in force, over all processes.
 
     Returns:
-        ``target_rate`` (share of concept prompts whose picture shows the concept), ``target_score`` (its soft form),
+        ``target_rate`` (share of concept prompts whose picture shows the concept), ``target_rate_floor`` (the same of
+        the anchors' own pictures: what a perfect erasure would have), ``target_score`` (its soft form),
         ``anchor_rate`` (share that shows what the anchor asks for), ``retain_accuracy`` and ``neighbour_accuracy``
         (recognition of other and of related things), ``erase_mse`` (squared latent distance to the anchor's picture),
         and of the pictures that should not change ``retain_mse``, ``ssim``, ``perceptual`` (LPIPS's formula on the
@@ -154,7 +158,10 @@ def measure(generator: Generator, batches: Sequence[TestBatch], inspector: Inspe
         }
         if batch.pictures is not None and inspector is not None:
             pictures = generator.decode(latent)
-            columns |= _look(pictures, batch, inspector)
+            if batch.floor is None:
+                anchored = generator.decode(batch.anchored)
+                batch.floor = inspector.find(anchored, batch.concepts, batch.prompts, batch.anchors)[0]
+            columns |= _look(pictures, batch, inspector) | {"floor": batch.floor}
             others = (batch.roles != ROLES.index("target")).to(pictures.device)
             if sets is not None and others.any():
                 for drawn, real in ((batch.pictures, True), (pictures, False)):
@@ -212,6 +219,7 @@ def summarise(rows: Tensor, looked: bool) -> dict[str, float]:
     if looked:
         mean |= {
             "target_rate": column["found"][member["target"]],
+            "target_rate_floor": column["floor"][member["target"]],
             "target_score": column["score"][member["target"]],
             "anchor_rate": column["as_anchor"][member["target"]],
             "retain_accuracy": column["recognised"][member["retain"]],

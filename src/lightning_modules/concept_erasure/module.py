@@ -112,9 +112,9 @@ class ConceptErasure(SafelightModule):
     frozen = ("denoiser", "vae")
     families = ("flux", "sd3", "unet", "dit")
     metric_names: tuple[str, ...] = (
-        "target_rate", "target_rate_before", "target_score", "anchor_rate", "retain_accuracy", "retain_accuracy_before",
-        "neighbour_accuracy", "neighbour_accuracy_before", "erase_mse", "retain_mse", "ssim", "perceptual", "kid",
-        "clip_score", "clip_score_before", "units_off", "units_off_share",
+        "target_rate", "target_rate_before", "target_rate_floor", "target_score", "anchor_rate", "retain_accuracy",
+        "retain_accuracy_before", "neighbour_accuracy", "neighbour_accuracy_before", "erase_mse", "retain_mse", "ssim",
+        "perceptual", "kid", "clip_score", "clip_score_before", "units_off", "units_off_share",
     )  # fmt: skip
     control_names: tuple[str, ...] = get_args(Control)
 

@@ -62,7 +62,10 @@ def fill(module: ConceptErasure, report: Report) -> None:
                 Tile(
                     "prompts that still show the concept",
                     f"{100 * ours['target_rate']:.0f} %",
-                    ", ".join(_rate(module, name) for name in ("dense", "random") if name in module.measured),
+                    ", ".join(
+                        [_rate(module, name) for name in ("dense", "random") if name in module.measured]
+                        + [f"anchors' own pictures: {100 * dense['target_rate_floor']:.0f} %"]
+                    ),
                     tone="lead",
                 ),
                 Tile(

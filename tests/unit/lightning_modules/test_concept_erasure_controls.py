@@ -78,6 +78,7 @@ def test_metrics_are_means_over_their_role() -> None:
     table = rows(
         role=[target, target, near, other, other],
         found=[1, 0, 1, 1, 1],
+        floor=[0, 0, 1, 1, 1],
         as_anchor=[0, 1, 0, 0, 0],
         recognised=[1, 0, 0, 1, 0],
         erase_mse=[2, 4, 9, 9, 9],
@@ -86,7 +87,7 @@ def test_metrics_are_means_over_their_role() -> None:
         perceptual=[9, 9, 0.1, 0.2, 0.6],
     )
     found = summarise(table, looked=True)
-    assert (found["target_rate"], found["anchor_rate"]) == (0.5, 0.5)
+    assert (found["target_rate"], found["anchor_rate"], found["target_rate_floor"]) == (0.5, 0.5, 0.0)
     assert (found["neighbour_accuracy"], found["retain_accuracy"]) == (0.0, 0.5)
     assert (found["erase_mse"], found["retain_mse"]) == (3.0, 2.0)
     assert found["ssim"] == pytest.approx(0.6)

@@ -34,6 +34,8 @@ def main() -> None:
             f"| {backbone} | {concept} | dense ({len(runs)} seeds) | " + " | ".join(f"{d} %" for d in dense) + " | 0 |"
         )
         for label, name in MODELS.items():
+            if name is not None and any(name not in run["controls"] for run in runs):
+                continue  # method.controls left it out
             measured = [run["controls"][name] if name else run["metrics"] for run in runs]
             cells = [f"{spread([100 * m[rate] for m in measured])} %" for rate in RATES]
             units = spread([m["units_off"] for m in measured], ",.0f")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,30 @@ def read_batch(batch: Any) -> PreferenceBatch:
         experts=None if experts is None else list(experts),
         categories=None if categories is None else [set(names.split(SEPARATOR)) for names in categories],
     )
+
+
+def foreign_rows(rows: PreferenceBatch, expert: str, own: Sequence[int], size: int) -> list[int]:
+    """Rows whose pictures are none of an expert's business: one for each of its own, out of the same group.
+
+    Which one depends on the row and its group only, so it does not matter how a batch is cut into whole groups.
+
+    Args:
+        rows: group after group, one row of each group for each adapter.
+        expert: its name.
+        own: places of its rows.
+        size: rows of a group.
+
+    Returns:
+        Places, fewer than in ``own`` where a group has nothing foreign.
+    """
+    categories = rows.categories or [{name} for name in rows.experts or []]
+    chosen = []
+    for row in own:
+        start = row - row % size
+        foreign = [other for other in range(start, min(start + size, len(rows))) if expert not in categories[other]]
+        if foreign:
+            chosen.append(foreign[rows.index[row] % len(foreign)])
+    return chosen
 
 
 def read_test_prompts(batch: Any) -> tuple[list[str], list[str], list[bool], list[int], Tensor]:

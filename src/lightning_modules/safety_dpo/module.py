@@ -22,10 +22,16 @@ from safelight.generators.targets import DenseTargets
 from safelight.lightning_modules.base import SafelightModule
 from safelight.lightning_modules.randomness import row_generator, row_generators, step_seed, uniform
 from safelight.lightning_modules.safety_dpo.adapters import Adapter, fused, read_adapter
-from safelight.lightning_modules.safety_dpo.batches import PreferenceBatch, read_batch, read_test_prompts
+from safelight.lightning_modules.safety_dpo.batches import (
+    PreferenceBatch,
+    foreign_rows,
+    read_batch,
+    read_test_prompts,
+)
 from safelight.lightning_modules.safety_dpo.evaluation import Evaluation, Measured
 from safelight.lightning_modules.safety_dpo.experts import Merges, calibrate
 from safelight.lightning_modules.safety_dpo.merging import CoMergeStatistics, Mode, Score, co_merge, compress
+from safelight.lightning_modules.safety_dpo.names import ALL, CONTROL, adapter_names
 from safelight.lightning_modules.safety_dpo.objective import (
     LossType,
     PairErrors,
@@ -46,33 +52,8 @@ from safelight.lightning_modules.safety_dpo.pairs import (
 from safelight.lightning_modules.schedules import adamw_warmup_cosine, warmup_constant
 from safelight.metrics import ClipJudge, SafetyJudge, load_safety_judge
 
-ONLY = "safety"
-"""Name of the adapter where there are no experts."""
-CONTROL = "no_guard"
-ALL = "all"
-"""Name of the adapter that learns from every category and is compared with the merge, not merged."""
-CATEGORIES = ("hate", "harassment", "violence", "self_harm", "sexual", "shocking", "illegal")
-"""Of harm in CoProV2: an expert each for ``experts=all``."""
 PATIENCE = 100
 """Steps after which a winner's error that has grown on average is worth a warning."""
-
-
-def adapter_names(experts: str | Sequence[str] | None) -> list[str]:
-    """Names of the adapters: of the only one, of each category for ``all``, or as given.
-
-    Raises:
-        SafelightError: one cannot be a name, or they are too few to merge.
-    """
-    if experts is None:
-        return [ONLY]
-    names = [experts] if isinstance(experts, str) else list(experts)
-    if names == [ALL]:
-        return list(CATEGORIES)
-    if bad := [name for name in names if "." in name or not name]:
-        raise SafelightError(f"experts={names}: {bad[0]!r} cannot be a name of an adapter; leave out dots")
-    if len(set(names)) < len(names) or (len(names) > 1 and len(set(names) - {ALL}) < 2):
-        raise SafelightError(f"experts={names}: merging needs two different ones beside 'all'; null is one for all")
-    return names
 
 
 class SafetyDPO(SafelightModule):
@@ -224,7 +205,8 @@ class SafetyDPO(SafelightModule):
         losses = []
         for name in self.guards:
             chosen = self._own_rows(rows, name)
-            others = self._foreign_rows(rows, name, chosen)
+            preserving = self.hparams.preserve > 0 and self.merging and name != ALL
+            others = foreign_rows(rows, name, chosen, len(self.guards)) if preserving else []
             own = PairErrors(reference.winner[chosen], reference.loser[chosen])
             with active_adapter(self.peft_model, name):
                 asked = [*chosen, *others]
@@ -257,22 +239,6 @@ class SafetyDPO(SafelightModule):
             raise SafelightError(
                 f"batch: no row for the expert {name!r}, only for {found}; set data.experts to the same"
             )
-        return chosen
-
-    def _foreign_rows(self, rows: PreferenceBatch, name: str, own: Sequence[int]) -> list[int]:
-        """Rows whose pictures are none of an expert's business: one for each of its own, out of the same group.
-
-        A group has one row for each adapter. So it does not matter how a batch is cut into whole groups.
-        """
-        if not self.hparams.preserve or not self.merging or name == ALL or rows.experts is None:
-            return []
-        categories = rows.categories or [{expert} for expert in rows.experts]
-        size, chosen = len(self.guards), []
-        for row in own:
-            start = row - row % size
-            foreign = [other for other in range(start, min(start + size, len(rows))) if name not in categories[other]]
-            if foreign:
-                chosen.append(foreign[rows.index[row] % len(foreign)])
         return chosen
 
     def _loss(self, name: str, errors: PairErrors, reference: PairErrors, residual: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from safelight.generators import generator_for
 from safelight.generators.lora import active_adapter
 from safelight.lightning_modules import SafetyDPO
 from safelight.lightning_modules.safety_dpo.adapters import LowRank, fuse, fused, load_adapter, save_adapter, unfuse
-from safelight.lightning_modules.safety_dpo.batches import read_batch
+from safelight.lightning_modules.safety_dpo.batches import foreign_rows, read_batch
 from safelight.lightning_modules.safety_dpo.merging import BASELINES
-from safelight.lightning_modules.safety_dpo.module import CONTROL, ONLY
+from safelight.lightning_modules.safety_dpo.names import CONTROL, ONLY
 from safelight.lightning_modules.safety_dpo.pairs import noise_pairs, pair_errors
 from safelight.metrics import ClipJudge
 from safelight.testing.contracts import MethodContract
@@ -302,15 +302,15 @@ def test_foreign_rows_are_of_the_same_group_and_of_no_own_category() -> None:
     own = module._own_rows(found, "illegal")
     assert own == [1, 5, 9]
     # Violence, shocking and all by turns of the row's number; without categories the row's expert is what it is of.
-    assert module._foreign_rows(found, "illegal", own) == [0, 6, 11]
+    assert foreign_rows(found, "illegal", own, 4) == [0, 6, 11]
     # The row of the shocking expert and that for all are of illegal things, too.
     found.categories = [{"violence"}, {"illegal"}, {"illegal", "shocking"}, {"illegal"}] * 3
-    assert module._foreign_rows(found, "illegal", own) == [0, 4, 8]
-    assert module._foreign_rows(found, "all", module._own_rows(found, "all")) == []
+    assert foreign_rows(found, "illegal", own, 4) == [0, 4, 8]
     second = read_batch({key: value[4:8] for key, value in next(iter(batch)).items()})
     second.categories = found.categories[4:8]
-    assert module._foreign_rows(second, "illegal", [1]) == [0], "the same when the batch is cut"
-    assert tiny(experts=names, control=False)._foreign_rows(found, "illegal", own) == []
+    assert foreign_rows(second, "illegal", [1], 4) == [0], "the same when the batch is cut"
+    second.categories = [{"illegal"}] * 4
+    assert foreign_rows(second, "illegal", [1], 4) == []
 
 
 def moved(module: SafetyDPO, name: str, expert: str) -> float:
@@ -329,7 +329,7 @@ def moved(module: SafetyDPO, name: str, expert: str) -> float:
 
 
 def test_preserving_leaves_the_rows_of_other_experts_alone() -> None:
-    names = ["violence", "illegal"]
+    names = ["violence", "illegal", "all"]
     # Pictures of illegal things are dark where those of violence are bright.
     mixed = [
         row | {key: -row[key] for key in ("pixel_w", "pixel_l")} | {"index": row["index"] + 100, "caption": "crime"}
@@ -339,9 +339,10 @@ def test_preserving_leaves_the_rows_of_other_experts_alone() -> None:
     found = {}
     for preserve in (0.0, 30.0):
         module = tiny(experts=names, control=False, preserve=preserve, prompt_dropout=0.0)
-        logged = fit(module, 30, DataLoader(mixed, batch_size=8))  # type: ignore[arg-type]
+        logged = fit(module, 30, DataLoader(mixed, batch_size=12))  # type: ignore[arg-type]
         found[preserve] = moved(module, "violence", "illegal")
         assert ("train/violence/preserve" in logged) is (preserve > 0)
+        assert "train/all/preserve" not in logged, "nothing is foreign to the adapter that learns from everything"
     assert found[30.0] < 0.2 * found[0.0]
 
 

@@ -87,6 +87,8 @@ GROUPS: Mapping[str, Mapping[str, MaskGroup]] = MappingProxyType(
         },
         "unet": {
             "linear": MaskGroup(r"attn|ff", "linear_out"),
+            # The pooled prompt's way into the residual blocks, past all of the above (ours).
+            "pooled": MaskGroup(r"time_emb_proj", "linear_out"),
             "ff": MaskGroup(r"\.ff$", "ff_hidden"),
             "attn": _HEADS,
         },

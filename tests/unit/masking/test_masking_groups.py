@@ -59,10 +59,25 @@ def test_sdxl_takes_every_linear_of_attention_and_feed_forward() -> None:
     assert len(specs) == 70 * (2 * 4 + 2)  # q, k, v and out of two attentions, two layers of the feed-forward
 
 
-def test_outputs_of_linears_are_gated_folded_and_removed_alike() -> None:
+def test_the_pooled_prompt_reaches_the_unet_through_the_pooled_group_only() -> None:
     denoiser = build_denoiser("unet_sdxl")
     inputs = example_inputs(denoiser)
-    specs = find_units(denoiser, ["linear"], "attn2|ff")
+    specs = GROUPS["unet"]["pooled"].find(denoiser)
+    assert not {spec.name for spec in specs} & {spec.name for spec in GROUPS["unet"]["linear"].find(denoiser)}
+    added = inputs["added_cond_kwargs"]
+    other = inputs | {"added_cond_kwargs": added | {"text_embeds": added["text_embeds"] + 1}}
+    bank = MaskBank(specs)
+    with torch.no_grad(), bank.attached(denoiser):
+        assert not torch.allclose(denoiser(**inputs)[0], denoiser(**other)[0], atol=1e-4)
+        bank.set_gates({spec.name: torch.zeros(spec.n_units) for spec in specs})
+        torch.testing.assert_close(denoiser(**inputs)[0], denoiser(**other)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("match", ["attn2|ff", "time_emb_proj"])
+def test_outputs_of_linears_are_gated_folded_and_removed_alike(match: str) -> None:
+    denoiser = build_denoiser("unet_sdxl")
+    inputs = example_inputs(denoiser)
+    specs = find_units(denoiser, ["linear"], match)
     stream = torch.Generator().manual_seed(0)
     masks = {spec.name: torch.rand(spec.n_units, generator=stream) > 0.3 for spec in specs}
     bank = MaskBank(specs)

@@ -29,7 +29,7 @@ def main() -> None:
     print("| backbone | concept | model | shows the concept | others recognised | neighbours | units off |")
     print("|---" * 7 + "|")
     for (backbone, concept), runs in sorted(groups.items()):
-        dense = [spread([100 * run["metrics"][f"{rate}_before"] for run in runs]) for rate in RATES]
+        dense = [spread([100 * run["metrics"][f"{rate}_before"] for run in runs], ".0f") for rate in RATES]
         print(
             f"| {backbone} | {concept} | dense ({len(runs)} seeds) | " + " | ".join(f"{d} %" for d in dense) + " | 0 |"
         )
@@ -37,7 +37,7 @@ def main() -> None:
             if name is not None and any(name not in run["controls"] for run in runs):
                 continue  # method.controls left it out
             measured = [run["controls"][name] if name else run["metrics"] for run in runs]
-            cells = [f"{spread([100 * m[rate] for m in measured])} %" for rate in RATES]
+            cells = [f"{spread([100 * m[rate] for m in measured], '.0f')} %" for rate in RATES]
             units = spread([m["units_off"] for m in measured], ",.0f")
             print(f"| | | {label} | {' | '.join(cells)} | {units} |")
 

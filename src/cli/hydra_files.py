@@ -88,13 +88,21 @@ def load(loader: ConfigLoaderImpl, groups: Sequence[str]) -> DictConfig:
 
 
 def with_values(base: DictConfig, words: Sequence[str]) -> DictConfig:
-    """A copy with value overrides applied, as Hydra does it last."""
+    """A copy with value overrides applied, as Hydra does it last.
+
+    Hydra merges a mapping into what is there; where that is a list it cannot, and here the mapping takes its place.
+    """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import ListConfig, OmegaConf
 
     config = deepcopy(base)
     with _translated():
-        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(list(words)), config)
+        for override in OverridesParser.create().parse_overrides(list(words)):
+            key = override.key_or_group
+            if isinstance(override.value(), dict) and isinstance(OmegaConf.select(config, key), ListConfig):
+                OmegaConf.update(config, key, None)
+            ConfigLoaderImpl._apply_overrides_to_config([override], config)
     return config
 
 

@@ -31,6 +31,14 @@ def test_a_method_brings_its_data_and_its_trainer_settings() -> None:
     assert "hydra" not in config
 
 
+def test_a_mapping_takes_the_place_of_a_list() -> None:
+    typed = ["method=concept_erasure", "backbone=tiny_flux", "method.groups={ff: {lr: 0.2}}"]
+    assert isinstance(compose(typed[:2])["method"]["groups"], list)
+    assert compose(typed)["method"]["groups"] == {"ff": {"lr": 0.2}}
+    # Into a mapping it is merged, as Hydra does.
+    assert compose([*typed, "method.groups={ff: {init: 1}}"])["method"]["groups"] == {"ff": {"lr": 0.2, "init": 1}}
+
+
 def test_a_parameter_that_no_file_lists_can_be_set() -> None:
     assert compose([PLUGIN, "method=toy", "method.keep=0.5"])["method"]["keep"] == 0.5
     assert compose([PLUGIN, "method=toy", "+method.keep=0.5"])["method"]["keep"] == 0.5

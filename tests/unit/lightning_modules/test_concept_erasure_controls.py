@@ -139,6 +139,30 @@ def test_pictures_that_should_not_change_are_compared_one_by_one_and_as_a_set(ki
     assert found.metrics[kind] > same[kind]
 
 
+def test_the_floor_is_what_the_detector_finds_in_the_anchors_pictures() -> None:
+    pipeline = build_pipeline("flux")
+    generator = generator_for(pipeline.transformer)(pipeline, num_inference_steps=2, height=16, width=16)
+    inspector = Inspector(
+        load_detector("zoo:tiny_clip", ["cat", "dog"], torch.device("cpu")), ClipJudge(), ["x"], False
+    )
+    batch = samples(generator)
+    batch.anchored = generator.rollout(generator.noise(range(20, 28)), batch.cond).detach()
+    bright = generator.decode(batch.anchored).mean(dim=(1, 2, 3)) > generator.decode(batch.anchored).mean()
+    # Bright pictures show the concept.
+    inspector.find = lambda pictures, *_: (  # type: ignore[method-assign]
+        (pictures.mean(dim=(1, 2, 3)) > generator.decode(batch.anchored).mean()).float(),
+        torch.zeros(len(pictures)),
+    )
+    inspector.recognise = lambda pictures, words: torch.zeros(len(pictures))  # type: ignore[method-assign]
+    assert 0 < bright.sum() < 8
+    batch.roles = torch.where(torch.arange(8) < 6, 0, torch.tensor([0] * 6 + [1, 2]))
+    found = measure(generator, [batch], inspector).metrics
+    assert found["target_rate_floor"] == pytest.approx(float(bright[:6].float().mean()))
+    drawn = generator.decode(batch.dense).mean(dim=(1, 2, 3)) > generator.decode(batch.anchored).mean()
+    assert found["target_rate"] == pytest.approx(float(drawn[:6].float().mean()))
+    assert found["target_rate"] != found["target_rate_floor"], "or the test shows nothing"
+
+
 def test_only_the_chosen_controls_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     monkeypatch.setattr(controls, "finetuned", lambda module, calibration, kind: ran.append(kind))
@@ -149,6 +173,9 @@ def test_only_the_chosen_controls_are_run(monkeypatch: pytest.MonkeyPatch) -> No
     )  # fmt: skip
     assert [name for name, _, _ in controls.erasing_models(module)] == ["dense", "", "random", "random", "ca"]
     assert ran == ["ca"]
+    for name in get_args(controls.Control):
+        module.control_names = (name,)
+        assert {found for found, _, _ in controls.erasing_models(module)} == {"dense", "", name}
     module.control_names = get_args(controls.Control)
     assert [name for name, _, _ in controls.erasing_models(module)][2:] == [
         "plain", "random", "random", "wanda", "esd", "ca",

@@ -147,13 +147,13 @@ def _facts(tree: ast.Module, node: ast.ClassDef) -> dict[str, Any]:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             known[statement.targets[0].id] = _value(statement.value, known)
     wanted = ("metric_names", "control_names", "paper_numbers", "monitor", "frozen")
-    return {
-        statement.targets[0].id: _value(statement.value, known)
-        for statement in node.body
-        if isinstance(statement, ast.Assign)
-        and isinstance(statement.targets[0], ast.Name)
-        and statement.targets[0].id in wanted
-    }
+    found: dict[str, Any] = {}
+    for statement in node.body:
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
+        value = getattr(statement, "value", None)
+        if isinstance(target, ast.Name) and target.id in wanted and value is not None:
+            found[target.id] = _value(value, known)
+    return found
 
 
 def _value(node: ast.expr, known: dict[str, Any]) -> Any:

@@ -62,8 +62,11 @@ ERASURE: dict[str, dict[str, Any]] = {
 }
 _SMALL = {"method.lr": 0.1, "method.init": 2.0, "method.beta": 1.0}
 _SMALL |= {"method.grad_mode": "none", "method.finetune_steps": 80, "method.finetune_lr": 3e-4}
-_REFINED = {"method.refine_beta": 25.0, "method.refine_share": 0.0, "method.refine_off_weight": 2.2}
-ERASURE["tiny_sdxl"] = _SMALL | _REFINED | {"trainer.max_steps": 160}
+ERASURE["tiny_sdxl"] = _SMALL | {
+    "method.groups": ["linear", "pooled"], "method.beta": 0.5, "method.refine_steps": 60, "method.refine_beta": 10.0,
+    "method.refine_share": 0.48, "method.refine_off_weight": 6.0, "backbone.num_inference_steps": 4,
+    "trainer.max_steps": 120,
+}  # fmt: skip
 ERASURE["tiny_flux"] = _SMALL | {"method.groups": ["ff", "norm", "norm1", "single_mlp"]}
 # SafetyDPO: the authors' two launchers. The guard and its control are ours, and so is tiny_sdxl.
 _LAUNCHER = {"method.guard": None, "method.control": False, "method.lr": 1e-5}
@@ -214,7 +217,12 @@ def experiment(name: str) -> tuple[str, str, dict[str, Any], dict[str, tuple[flo
     elif name == "safety_dpo_merge":
         kinds = ["violence", "illegal", "shocking"]
         names = {"method.experts": [*kinds, "all"], "data.categories": kinds}
-        return "safety_dpo", "tiny_sdxl", {"method.control": False, **names}, {}
+        return (
+            "safety_dpo",
+            "tiny_sdxl",
+            {"method.control": False, "method.preserve": 0.2, "data.held_out": 0.15, **names},
+            {},
+        )
     elif name == "moe_x_chess":
         # Table 6, and Table 1's loss.
         settings = {

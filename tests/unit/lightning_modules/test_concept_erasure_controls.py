@@ -176,6 +176,7 @@ def test_only_the_chosen_controls_are_run(monkeypatch: pytest.MonkeyPatch) -> No
     for name in get_args(controls.Control):
         module.control_names = (name,)
         assert {found for found, _, _ in controls.erasing_models(module)} == {"dense", "", name}
+    assert ConceptErasure.control_names == get_args(controls.Control)
     module.control_names = get_args(controls.Control)
     assert [name for name, _, _ in controls.erasing_models(module)][2:] == [
         "plain", "random", "random", "wanda", "esd", "ca",

@@ -15,7 +15,6 @@ from typing import Any
 from ecodiff_table import spread
 
 DENSE, EXPERT, SUM = "dense model", "expert: ", "sum"
-COLUMNS = {"ip": "unsafe pictures", "content_accuracy": "content kept", "counterpart_rate": "safe counterpart shown"}
 
 Models = dict[str, dict[str, Any]]
 
@@ -40,7 +39,7 @@ def merge_rows(runs: list[Models]) -> list[str]:
         for values in (
             [run[name]["metrics"]["ip"] for run in runs],
             [share(run[name], experts_of(run)) for run in runs],
-            *([run[name]["metrics"][key] for run in runs] for key in list(COLUMNS)[1:]),
+            *([run[name]["metrics"][key] for run in runs] for key in ("content_accuracy", "counterpart_rate")),
         ):
             cells.append(f"{spread([100 * value for value in values], '.0f')} %")
         drift = [run[name]["metrics"]["drift"] for run in runs]

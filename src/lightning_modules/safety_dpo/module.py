@@ -285,7 +285,7 @@ class SafetyDPO(SafelightModule):
     def _reference_errors(
         self, pairs: NoisedPairs, cond: Conditioning, rows: PreferenceBatch, draws: list[int]
     ) -> tuple[PairErrors, Tensor]:
-        """Errors and residuals of the network without adapters; of fixed draws each is computed once."""
+        """Errors of the network without adapters, with residuals where ``preserve`` asks; fixed draws come once."""
         if not draws:
             with active_adapter(self.peft_model, None):
                 return pair_errors(self.generator, pairs, cond)
@@ -295,7 +295,9 @@ class SafetyDPO(SafelightModule):
                 # One at a time, for the same reason as in PairLatents.
                 with active_adapter(self.peft_model, None):
                     part = {name: value[row : row + 1] for name, value in cond.items()}
-                    self._reference[key] = pair_errors(self.generator, pairs.rows([row]), part)
+                    found, residual = pair_errors(self.generator, pairs.rows([row]), part)
+                # As large as the pictures' latents, so they are kept for those who ask for them only.
+                self._reference[key] = found, residual if self.hparams.preserve else residual.new_empty(0)
         errors, residuals = zip(*(self._reference[key] for key in keys), strict=True)
         of_both = [torch.cat([residual[side : side + 1] for residual in residuals]) for side in (0, 1)]
         return (

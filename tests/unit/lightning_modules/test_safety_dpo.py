@@ -347,7 +347,7 @@ def test_preserving_leaves_the_rows_of_other_experts_alone() -> None:
 
 
 def test_kept_residuals_of_the_reference_are_those_of_their_rows() -> None:
-    module = tiny(control=False, noise_draws=2)
+    module = tiny(control=False, noise_draws=2, preserve=1.0)
     batch = read_batch(next(iter(loader())))
     draws, streams = [0, 1, 1, 0], [torch.Generator().manual_seed(row) for row in range(4)]
     pairs = noise_pairs(module.generator, *module.latents(batch), batch.captions, streams, 0.0)
@@ -358,6 +358,10 @@ def test_kept_residuals_of_the_reference_are_those_of_their_rows() -> None:
         kept_errors, kept_residual = module._reference_errors(pairs, cond, batch, draws)
         assert torch.allclose(kept_residual, residual, atol=1e-5)
         assert torch.allclose(kept_errors.loser, errors.loser, atol=1e-5)
+    module.hparams.preserve = 0.0
+    module._reference.clear()
+    module._reference_errors(pairs, cond, batch, draws)
+    assert not any(residual.numel() for _, residual in module._reference.values()), "nobody asks for them"
 
 
 def test_fixed_draws_ask_the_reference_once() -> None:
